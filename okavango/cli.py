@@ -1,0 +1,403 @@
+"""The command line. Exit status 0, 1 (failed, one clear line) or 2 (usage). Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional
+
+
+def quickstart(out: Path = Path("quickstart"), steps: int = 0, seed: int = 0) -> None:
+    """Pretrain a small elastic network on real pictures, cut models out of it, measure them, write a page.
+
+    Args:
+        out: folder for run, records and page.
+        steps: optimiser steps, 0 for what fits into a few minutes on two cores.
+        seed: everything random follows from it.
+    """
+    from okavango.recipes.quickstart import quickstart
+
+    quickstart(out, steps=steps, seed=seed, say=say)
+
+
+def evaluate(
+    checkpoint: Positional[str],
+    data: str,
+    protocol: tuple[str, ...] = ("knn",),
+    train: str | None = None,
+    subnets: tuple[str, ...] = (),
+    out: Path | None = None,
+    seed: int = 0,
+    batch: int = 256,
+) -> None:
+    """Measure a frozen backbone on labelled pictures.
+
+    Args:
+        checkpoint: name in the zoo, folder, file, URL or hf://ORG/NAME; timm/NAME for an untrained network; raw-pixels for the baseline.
+        data: folder with train/ and test/ in it, or the test part; samples/fashion, samples/fashion:moved.
+        protocol: knn, logistic, linear, with or without a version such as knn/v1.
+        train: the training part, when it is not in `data`.
+        subnets: w64_d2 ..., or all, of an elastic backbone.
+        out: file of records (JSON lines) to append to.
+        seed: of held-out parts and intervals.
+        batch: pictures per forward pass.
+    """
+    from okavango import verbs
+
+    verbs.evaluate(checkpoint, data=data, train=train, protocol=protocol, subnets=subnets, out=out, seed=seed, batch=batch, say=say)
+
+
+def embed(checkpoint: Positional[str], data: Positional[str], out: Path, subnet: str = "", batch: int = 256, workers: int = 0) -> None:
+    """Write one embedding per picture to a Parquet file.
+
+    Args:
+        checkpoint: see `evaluate`.
+        data: folder of pictures, tar shards, samples/fashion.
+        out: file that ends in .parquet.
+        subnet: w64_d2 ... of an elastic backbone.
+        batch: pictures per forward pass.
+        workers: processes that read pictures.
+    """
+    from okavango import verbs
+
+    verbs.embed(checkpoint, data, out, subnet=subnet, batch=batch, workers=workers, say=say)
+
+
+def predict(checkpoint: Positional[str], data: Positional[str], top: int = 1, batch: int = 256) -> None:
+    """Classify pictures with a fine-tuned checkpoint.
+
+    Args:
+        checkpoint: folder that `okavango finetune` exported.
+        data: folder of pictures.
+        top: classes per picture.
+        batch: pictures per forward pass.
+    """
+    from okavango import verbs
+
+    verbs.predict(checkpoint, data, top=top, batch=batch, say=say)
+
+
+def explain(checkpoint: Positional[str], data: Positional[str], out: Path, subnet: str = "", layer: int = -1, count: int = 8) -> None:
+    """Draw attention maps and patch features of some pictures.
+
+    Args:
+        checkpoint: see `evaluate`.
+        data: folder of pictures, tar shards, samples/fashion.
+        out: file that ends in .png.
+        subnet: w64_d2 ... of an elastic backbone.
+        layer: block whose attention is drawn; negative ones count from the end.
+        count: how many pictures.
+    """
+    from okavango import explain as pictures
+    from okavango import verbs
+    from okavango.data.sources import open_source
+    from okavango.zoo.hub import load
+
+    if out.suffix != ".png":
+        raise ValueError(f"--out {out}: expected a name that ends in .png")
+    model, source = load(checkpoint), open_source(data)
+    (chosen,) = verbs.chosen_subnets(model, [subnet] if subnet else [])
+    images = [source[i]["image"] for i in range(0, len(source), max(1, len(source) // count))][:count]
+    pictures.save_grid(model, images, out, layer=layer, subnet=chosen)
+    say(f"{len(images)} pictures are in {out}")
+
+
+def zoo_list(pattern: Positional[str] = "*", licence: str | None = None, weights: bool | None = None) -> None:
+    """List models: name, parameters, input, licence.
+
+    Args:
+        pattern: shell pattern such as elastic*, timm/vit*.
+        licence: an SPDX name, or permissive.
+        weights: only those with (or without) weights.
+    """
+    from okavango.zoo.catalogue import list_models
+
+    found = list_models(pattern, licence=licence, weights=weights)
+    if not found:
+        raise ValueError(f"no model matches {pattern!r}; `okavango zoo list` shows all")
+    for model in found:
+        say(str(model) if "/" in model else f"{model:44} {model.parameters / 1e6:9.2f} M  {model.input:28} {model.licence or '-'}")
+
+
+def zoo_show(name: Positional[str]) -> None:
+    """Show a checkpoint's card.
+
+    Args:
+        name: see `evaluate`.
+    """
+    from okavango.zoo.hub import resolve
+
+    say((resolve(name) / "README.md").read_text())
+
+
+def zoo_pull(name: Positional[str]) -> None:
+    """Fetch a checkpoint into the cache and say where it lies.
+
+    Args:
+        name: see `evaluate`.
+    """
+    from okavango.zoo.hub import resolve
+
+    say(str(resolve(name)))
+
+
+def zoo_extract(checkpoint: Positional[str], subnet: str, out: Path) -> None:
+    """Cut a stand-alone model out of an elastic checkpoint.
+
+    Args:
+        checkpoint: see `evaluate`.
+        subnet: w64_d2 ...
+        out: folder to write.
+    """
+    from okavango.models.features import Subnet
+    from okavango.zoo.checkpoint import file_sha256, save_checkpoint
+    from okavango.zoo.hub import load, resolve
+
+    model = load(checkpoint)
+    if not hasattr(model, "extract"):
+        raise ValueError(f"{checkpoint} is not elastic: there is nothing to extract")
+    parent = {"name": checkpoint, "sha256": file_sha256(resolve(checkpoint) / "model.safetensors")}
+    save_checkpoint(model.extract(Subnet.parse(subnet)), out, parent=parent, card={"subnet": subnet, "extracted from": checkpoint})
+    say(f"{subnet} of {checkpoint} is in {out}")
+
+
+def zoo_export(checkpoint: Positional[str], out: Path, subnet: str = "") -> None:
+    """Export to ONNX (.onnx) or a torch program (.pt2), with a free batch size.
+
+    Args:
+        checkpoint: see `evaluate`.
+        out: file that ends in .onnx or .pt2.
+        subnet: w64_d2 ... of an elastic backbone.
+    """
+    from okavango.models.features import Subnet
+    from okavango.zoo import export
+    from okavango.zoo.hub import load
+
+    writers = {".onnx": export.export_onnx, ".pt2": export.export_program}
+    if out.suffix not in writers:
+        raise ValueError(f"--out {out}: expected a name that ends in .onnx or .pt2")
+    writers[out.suffix](load(checkpoint), out, subnet=Subnet.parse(subnet) if subnet else None)
+    say(f"{checkpoint} is in {out}")
+
+
+def zoo_convert(weights: Positional[Path], out: Path, image_size: int = 224, patch_size: int = 16, head_dim: int = 64) -> None:
+    """Turn a teacher checkpoint of the published POA code (ViT) into a zoo checkpoint.
+
+    Args:
+        weights: .safetensors or .pth file; a pickle is read with weights_only.
+        out: folder to write.
+        image_size: side of the training image.
+        patch_size: side of a patch.
+        head_dim: channels per head.
+    """
+    from okavango.zoo.checkpoint import save_checkpoint
+    from okavango.zoo.poa import read_official
+
+    model, left = read_official(weights, image_size=image_size, patch_size=patch_size, head_dim=head_dim)
+    save_checkpoint(model, out, card={"converted from": weights.name})
+    say(f"{len(left)} tensors of the projection heads were left out; the backbone is in {out}")
+
+
+def zoo_verify(checkpoint: Positional[str]) -> None:
+    """Check a checkpoint: files, hashes, configuration, output on a known input.
+
+    Args:
+        checkpoint: see `evaluate`.
+    """
+    from okavango.zoo.checkpoint import verify_checkpoint
+    from okavango.zoo.hub import resolve
+
+    if problems := verify_checkpoint(resolve(checkpoint)):
+        raise ValueError("; ".join(problems))
+    say(f"{checkpoint} is in order")
+
+
+def zoo_push(folder: Positional[Path], repo: Positional[str], private: bool = False) -> None:
+    """Upload a checkpoint to the Hugging Face hub, after verifying it.
+
+    Args:
+        folder: checkpoint.
+        repo: ORG/NAME.
+        private: make a new repository private.
+    """
+    from okavango.zoo.hub import push
+
+    push(folder, repo, private=private)
+    say(f"{folder} is at {repo}")
+
+
+def leaderboard_run(
+    checkpoints: Positional[tuple[str, ...]],
+    data: str,
+    out: Path = Path("records.jsonl"),
+    protocol: tuple[str, ...] = ("knn", "logistic"),
+    train: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Measure several checkpoints under several protocols; what is in the file of records already is not measured again.
+
+    Args:
+        checkpoints: see `evaluate`; NAME@all or NAME@w64_d2 takes subnets.
+        data: see `evaluate`.
+        out: file of records (JSON lines).
+        protocol: knn, logistic, linear.
+        train: the training part, when it is not in `data`.
+        seed: of held-out parts and intervals.
+    """
+    from okavango import verbs
+
+    verbs.run_leaderboard(checkpoints, data=data, train=train, protocols=protocol, out=out, seed=seed, say=say)
+
+
+def leaderboard_render(records: Positional[tuple[Path, ...]], out: Path = Path("leaderboard.html")) -> None:
+    """Draw records as one HTML page that needs nothing else.
+
+    Args:
+        records: files of records (JSON lines).
+        out: file to write.
+    """
+    from okavango.zoo.leaderboard.page import render, table
+    from okavango.zoo.leaderboard.records import read_records
+
+    found = read_records(records)
+    if not found:
+        raise ValueError(f"no records in {', '.join(map(str, records))}")
+    render(found, out)
+    say(table(found))
+    say(f"the page is {out}")
+
+
+COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
+    "quickstart": quickstart,
+    "evaluate": evaluate,
+    "embed": embed,
+    "predict": predict,
+    "explain": explain,
+    "zoo": {
+        "list": zoo_list,
+        "show": zoo_show,
+        "pull": zoo_pull,
+        "convert": zoo_convert,
+        "extract": zoo_extract,
+        "export": zoo_export,
+        "verify": zoo_verify,
+        "push": zoo_push,
+    },
+    "leaderboard": {"run": leaderboard_run, "render": leaderboard_render},
+}
+RUNS = {
+    "pretrain": "Pretrain a backbone on a folder of pictures, or go on with a run.",
+    "finetune": "Fine-tune a checkpoint for classification on labelled pictures, or go on with a run.",
+}
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+class Usage(Exception):
+    """The command line cannot be understood."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except Usage as error:
+        print(f"okavango: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("okavango: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if os.environ.get("OKAVANGO_TRACEBACK"):
+            raise
+        print(f"okavango: {error}", file=sys.stderr)
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        import okavango
+
+        print(okavango.__version__)
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name in RUNS:
+        return _run(name, rest)
+    command = _pick(name, {**COMMANDS, **RUNS}, "command")
+    if isinstance(command, dict):
+        if not rest or rest[0] in ("-h", "--help"):
+            print(f"usage: okavango {name} COMMAND ...\n\n{_lines(command)}")
+            return 0 if rest else 2
+        name, command, rest = f"{name} {rest[0]}", _pick(rest[0], command, f"{name} command"), rest[1:]
+    _cli(command, name, rest)
+    return 0
+
+
+def _run(verb: str, rest: list[str]) -> int:
+    from okavango.recipes import BY_VERB, named
+
+    recipes = BY_VERB[verb]
+    if not rest or rest[0] in ("-h", "--help"):
+        listed = "\n".join(f"  {name:18} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items())
+        print(f"usage: okavango {verb} RECIPE --out DIR [--data DATA] [options]\n\n{RUNS[verb]}\n\nrecipes:\n{listed}")
+        print(f"\n`okavango {verb} RECIPE --help` lists the options of a recipe with its values.")
+        return 0 if rest else 2
+    try:
+        recipe = named(rest[0], verb)
+    except ValueError as error:
+        raise Usage(str(error)) from None
+
+    def run(out: Path, recipe=recipe) -> None:
+        from okavango import verbs
+
+        getattr(verbs, verb)(recipe, out=out, data=recipe.data or None, say=say)
+
+    # The recipe's own type and values become the options.
+    run.__annotations__ = {"out": Path, "recipe": Annotated[type(recipe), tyro.conf.arg(name="")], "return": None}
+    run.__doc__ = f"{RUNS[verb]}\n\nArgs:\n    out: run folder; a run that is found there is continued."
+    _cli(run, f"{verb} {rest[0]}", rest[1:])
+    return 0
+
+
+def _cli(command: Callable[..., Any], name: str, arguments: list[str]) -> Any:
+    return tyro.cli(command, prog=f"okavango {name}", args=arguments)
+
+
+def _pick(name: str, known: dict, what: str):
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise Usage(f"unknown {what} {name!r}; {hint}known: {', '.join(known)}")
+    return known[name]
+
+
+def _overview() -> str:
+    flat: dict[str, str] = dict(RUNS)
+    for name, command in COMMANDS.items():
+        if isinstance(command, dict):
+            flat |= {f"{name} {sub}": (function.__doc__ or "").splitlines()[0] for sub, function in command.items()}
+        else:
+            flat[name] = (command.__doc__ or "").splitlines()[0]
+    order = ["quickstart", "pretrain", "finetune", *[name for name in flat if name not in ("quickstart", "pretrain", "finetune")]]
+    listed = "\n".join(f"  {name:20} {flat[name]}" for name in order)
+    return f"usage: okavango COMMAND ...\n\nPretrain once, take the model that fits.\n\n{listed}\n\n`okavango COMMAND --help` says more."
+
+
+def _lines(commands: dict[str, Callable[..., Any]]) -> str:
+    return "\n".join(f"  {name:10} {(function.__doc__ or '').splitlines()[0]}" for name, function in commands.items())

@@ -1,0 +1,231 @@
+"""A classifier on a backbone: fine-tuned or, with the backbone frozen, a linear head trained on augmented pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from okavango.downstream.classification.features import evaluating, image_modality
+from okavango.models.backbone import Backbone, Inputs
+from okavango.models.features import Subnet
+from okavango.models.preprocess import Preprocess
+
+
+class Classifier(nn.Module):
+    """Backbone, one linear layer, cross-entropy. Satisfies the objective contract and adds `predict`.
+
+    Args:
+        backbone: must return `Features.pooled`.
+        classes: their names, in the order of the labels.
+        frozen: train the head alone; the backbone stays in eval mode.
+        smoothing: share of the target spread evenly over the classes, 0..1.
+        layer_decay: the learning rate of block i is multiplied by ``layer_decay ** (blocks + 1 - i)`` (ELECTRA, BEiT); 1 for none.
+        crop_scale: smallest and largest share of a picture's area that a training crop keeps.
+        flip: probability of mirroring left and right.
+    Raises:
+        ValueError: fewer than two classes, a name twice, or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classes: Sequence[str],
+        *,
+        frozen: bool = False,
+        smoothing: float = 0.0,
+        layer_decay: float = 1.0,
+        crop_scale: tuple[float, float] = (0.35, 1.0),
+        flip: float = 0.5,
+    ):
+        super().__init__()
+        if len(classes) < 2 or len(set(classes)) < len(classes):
+            raise ValueError(
+                f"classifier: {len(classes)} classes, {len(set(classes))} different names; expected at least two, each once"
+            )
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"classifier: smoothing={smoothing}; expected 0 up to, not including, 1")
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"classifier: layer_decay={layer_decay}; expected above 0, at most 1")
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"classifier: crop_scale={crop_scale}; expected 0 < low <= high <= 1")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"classifier: flip={flip}; expected a probability, 0..1")
+        self.classes = tuple(classes)
+        self.frozen, self.smoothing, self.layer_decay = frozen, smoothing, layer_decay
+        self.crop_scale, self.flip = (float(crop_scale[0]), float(crop_scale[1])), flip
+        self.modality = image_modality(backbone.preprocess)
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.feature_info.channels, len(self.classes))
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+        if frozen:
+            self.backbone.requires_grad_(False)
+        self.train(self.training)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The backbone's own."""
+        return self.backbone.preprocess
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Training mode for what is trained: a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def logits(self, inputs: Inputs, subnet: Subnet | None = None) -> Tensor:
+        """Scores before the softmax, (B, classes)."""
+        pooled = self.backbone(inputs, subnet=subnet).pooled
+        if pooled is None:
+            raise ValueError(f"{type(self.backbone).__name__} has no pooled features; a classifier needs a backbone that pools")
+        return self.head(pooled)
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """The loss of one batch.
+
+        Args:
+            batch: what `collate` made.
+            step: not used; the objective contract has it.
+        Returns:
+            "loss": scalar, with gradient; "accuracy": scalar, 0..1, on the augmented batch.
+        """
+        logits = self.logits({self.modality: batch[self.modality]})
+        loss = F.cross_entropy(logits.float(), batch["label"], label_smoothing=self.smoothing)
+        return {"loss": loss, "accuracy": (logits.detach().argmax(dim=1) == batch["label"]).float().mean()}
+
+    def predict(self, inputs: Inputs, *, subnet: Subnet | None = None) -> Tensor:
+        """Probabilities, float32 (B, classes), rows sum to 1; run in eval mode without gradients.
+
+        Args:
+            inputs: what ``preprocess(image=...)`` returns, on the classifier's device.
+            subnet: the slice of an elastic backbone to run; None means the intact network, the one that was fine-tuned.
+        """
+        with evaluating(self), torch.no_grad():
+            return self.logits(inputs, subnet).float().softmax(dim=1)
+
+    def transform(self, preprocess: Preprocess) -> TrainTransform:
+        """The augmentation of one sample; a picklable value for loader workers."""
+        return TrainTransform(preprocess, self.modality, self.classes, self.crop_scale, self.flip)
+
+    def collate(self, samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Tensor]:
+        """Transformed samples -> {modality: float32 (B, C, H, W), "label": int64 (B,)}; `seed` is not used."""
+        return {
+            self.modality: torch.stack([sample[self.modality] for sample in samples]),
+            "label": torch.tensor([sample["label"] for sample in samples], dtype=torch.int64),
+        }
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Trained parameters by layer and kind: vectors (biases, norms, scales) have no weight decay.
+
+        Returns:
+            groups of {"name", "params": [(name, parameter)], "lr_mult", "wd_mult"}, from the embedding to the head.
+        """
+        layers = {f"backbone.{name}": layer for name, layer in self.backbone.layer_ids().items()}
+        top = max(layers.values(), default=0) + 1
+        groups: dict[tuple[int, bool], dict[str, Any]] = {}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            layer, decayed = layers.get(name, top), parameter.ndim > 1 and not name.endswith("bias")
+            group = {
+                "name": f"layer {layer}{'' if decayed else ', no decay'}",
+                "params": [],
+                "lr_mult": self.layer_decay ** (top - layer),
+                "wd_mult": float(decayed),
+            }
+            groups.setdefault((layer, decayed), group)["params"].append((name, parameter))
+        return [groups[key] for key in sorted(groups)]
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """The gradient norm is taken over everything that is trained."""
+        return [[parameter for parameter in self.parameters() if parameter.requires_grad]]
+
+    def after_step(self, step: int) -> None:
+        """Nothing to follow: there is no teacher."""
+
+    def exports(self) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+        """The trained classifier and what its card says."""
+        card = {
+            "task": "classification",
+            "classes": list(self.classes),
+            "frozen": self.frozen,
+            "smoothing": self.smoothing,
+            "layer_decay": self.layer_decay,
+            "crop_scale": list(self.crop_scale),
+            "flip": self.flip,
+        }
+        return {"classifier": (self, card)}
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop, flip, then the checkpoint's own resize and normalisation of what is left.
+
+    Attributes:
+        preprocess: of the backbone; modality: which of its inputs gets the picture; classes: names of the labels.
+        scale: range of the crop's share of the area; flip: probability.
+        aspect: range of the crop's width / height, drawn evenly in its logarithm.
+    """
+
+    preprocess: Preprocess
+    modality: str
+    classes: tuple[str, ...]
+    scale: tuple[float, float]
+    flip: float
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __call__(self, sample: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """One sample, augmented by the seed alone.
+
+        Args:
+            sample: {"image": (C, H, W), "label": int, ...}.
+            seed: 0 or more.
+        Returns:
+            {modality: float32 (C, h, w) at the spec's size, "label", "id"}.
+        Raises:
+            ValueError: a label that is not one of the classes.
+        """
+        label, name = sample.get("label"), sample.get("id", "?")
+        if label is None or not 0 <= label < len(self.classes):
+            raise ValueError(
+                f"sample {name!r}: label {label}; expected 0..{len(self.classes) - 1}, one of {len(self.classes)} classes"
+            )
+        rng = np.random.default_rng(seed)
+        pixels = sample["image"]
+        top, left, height, width = crop_box(rng, pixels.shape[-2], pixels.shape[-1], self.scale, self.aspect)
+        pixels = pixels[..., top : top + height, left : left + width]
+        if rng.random() < self.flip:
+            pixels = pixels.flip(-1)
+        resize = dataclasses.replace(self.preprocess[self.modality].resize, rule="exact", crop_ratio=1.0)  # type: ignore[union-attr]
+        ready = self.preprocess.replace(self.modality, resize=resize)(**{self.modality: pixels})
+        return {self.modality: ready[self.modality][0], "label": int(label), "id": name}
+
+
+def crop_box(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], aspect: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """A random box inside a picture (Inception crop, arXiv 1409.4842): area, aspect, place.
+
+    After ten draws that do not fit, the largest centred box of the nearest allowed aspect.
+
+    Returns:
+        top, left, height, width in pixels.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    ratio = min(max(width / height, aspect[0]), aspect[1])
+    w, h = max(1, min(width, round(height * ratio))), max(1, min(height, round(width / ratio)))
+    return (height - h) // 2, (width - w) // 2, h, w

@@ -1,0 +1,157 @@
+"""Weighted k-nearest-neighbour classification of frozen features (Wu et al., arXiv 1805.01978; as DINOv2 and POA measure it)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+
+KS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+
+# Float32 similarities of unit vectors are right to about 1e-6. What the fast search leaves out can only belong to the k nearest
+# if it is closer than this to the k-th.
+_SLACK_32, _SLACK_64 = 1e-5, 1e-12
+_SPARE = 16
+
+Search = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+
+
+def normalised(features: np.ndarray) -> np.ndarray:
+    """Rows of unit length, float32 (N, D); rows of zeros stay zero."""
+    values = np.asarray(features, dtype=np.float64)
+    lengths = np.linalg.norm(values, axis=1, keepdims=True)
+    return np.ascontiguousarray(values / np.maximum(lengths, 1e-12), dtype=np.float32)
+
+
+def nearest(bank: np.ndarray, queries: np.ndarray, k: int, backend: str = "auto") -> tuple[np.ndarray, np.ndarray]:
+    """The k rows of the bank with the greatest cosine similarity, exactly.
+
+    A fast float32 search proposes, similarities in float64 decide; equal ones are ordered by index. The result therefore does not
+    depend on the backend, its blocking or its threads.
+
+    Args:
+        bank: float (N, D); queries: float (M, D); both are L2-normalised here.
+        k: neighbours per query, at most N.
+        backend: "faiss", "torch", or "auto" for FAISS where it is installed.
+    Returns:
+        similarities float64 (M, k), falling; indices int64 (M, k).
+    Raises:
+        ValueError: k out of range, unknown backend, or shapes that do not fit.
+    """
+    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
+        raise ValueError(f"nearest: bank {bank.shape} and queries {queries.shape}; expected (N, D) and (M, D)")
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"nearest: k={k}; expected 1..{len(bank)}, the size of the bank")
+    if backend == "auto":
+        backend = "faiss" if find_spec("faiss") else "torch"
+    if backend not in _BACKENDS:
+        raise ValueError(f"nearest: unknown backend {backend!r}; expected auto, {', '.join(_BACKENDS)}")
+    bank, queries = normalised(bank), normalised(queries)
+    proposed = _BACKENDS[backend](bank, queries, min(len(bank), k + _SPARE))
+    similarities, indices = np.empty((len(queries), k)), np.empty((len(queries), k), dtype=np.int64)
+    block = max(1, 2**24 // (proposed.shape[1] * bank.shape[1]))  # 128 MiB of float64
+    for start in range(0, len(queries), block):
+        rows = slice(start, start + block)
+        ranked, order = _rank(queries[rows], bank, proposed[rows])
+        similarities[rows], indices[rows] = ranked[:, :k], order[:, :k]
+        if proposed.shape[1] < len(bank):
+            for row in np.flatnonzero(ranked[:, k - 1] - ranked[:, -1] <= _SLACK_32) + start:
+                similarities[row], indices[row] = _exhaustive(queries[row], bank, k)
+    return similarities, indices
+
+
+def vote(
+    similarities: np.ndarray,
+    labels: np.ndarray,
+    ks: Iterable[int] = KS,
+    temperature: float = TEMPERATURE,
+    classes: int | None = None,
+) -> dict[int, np.ndarray]:
+    """Class of each query by the votes of its k nearest, for several k.
+
+    A neighbour's weight is softmax(similarity / temperature) over the largest k, truncated to k; votes of a class are summed, the
+    first of equal classes wins.
+
+    Args:
+        similarities: float (M, K), falling; labels: int (M, K), the neighbours' classes.
+        ks: each at most K.
+    Returns:
+        k -> int64 (M,).
+    """
+    ks = tuple(ks)
+    largest = max(ks)
+    scaled = np.asarray(similarities[:, :largest], dtype=np.float64) / temperature
+    weights = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    classes = int(labels.max()) + 1 if classes is None else classes
+    rows = np.arange(len(labels))[:, None]
+    predicted = {}
+    for k in ks:
+        votes = np.zeros((len(labels), classes))
+        np.add.at(votes, (rows, labels[:, :k]), weights[:, :k])
+        predicted[k] = votes.argmax(axis=1)
+    return predicted
+
+
+def knn_predict(
+    bank: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray,
+    ks: Iterable[int] = KS,
+    temperature: float = TEMPERATURE,
+    backend: str = "auto",
+) -> dict[int, np.ndarray]:
+    """Classify queries by the labelled bank; the arguments are those of `nearest` and `vote`. A k above the bank's size means all.
+
+    Returns:
+        k (as asked for) -> predicted class, int64 (M,).
+
+    Example:
+        >>> bank = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+        >>> knn_predict(bank, np.array([0, 0, 1]), np.array([[0.1, 2.0]]), ks=(1,), backend="torch")[1].tolist()
+        [1]
+    """
+    effective = {k: min(k, len(bank)) for k in ks}
+    similarities, indices = nearest(bank, queries, max(effective.values()), backend)
+    predicted = vote(similarities, np.asarray(labels)[indices], set(effective.values()), temperature)
+    return {asked: predicted[k] for asked, k in effective.items()}
+
+
+def _faiss(bank: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+    import faiss
+
+    index = faiss.IndexFlatIP(bank.shape[1])
+    index.add(bank)
+    return index.search(queries, k)[1]
+
+
+def _torch(bank: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+    columns = torch.from_numpy(bank).T
+    block = max(1, 2**25 // len(bank))  # 128 MiB of float32
+    found = [(rows @ columns).topk(k, dim=1).indices for rows in torch.from_numpy(queries).split(block)]
+    return torch.cat(found).numpy() if found else np.empty((0, k), dtype=np.int64)
+
+
+_BACKENDS: dict[str, Search] = {"faiss": _faiss, "torch": _torch}
+
+
+def _rank(queries: np.ndarray, bank: np.ndarray, proposed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Similarities (m, c), falling, and indices (m, c) of the proposed rows; equal similarities by index.
+
+    Multiplying and summing pair by pair, unlike a matrix product, gives equal rows of the bank equal bits wherever they stand.
+    """
+    proposed = np.sort(proposed, axis=1)
+    similarities = (bank[proposed].astype(np.float64) * queries[:, None].astype(np.float64)).sum(axis=2)
+    order = np.argsort(-similarities, axis=1, kind="stable")
+    return np.take_along_axis(similarities, order, 1), np.take_along_axis(proposed, order, 1)
+
+
+def _exhaustive(query: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of one query where the float32 search could not tell: many rows are almost equally near."""
+    rough = np.concatenate([part.astype(np.float64) @ query for part in np.array_split(bank, -(-len(bank) // 65536))])
+    threshold = np.partition(rough, len(bank) - k)[len(bank) - k] - _SLACK_64
+    similarities, indices = _rank(query[None], bank, np.flatnonzero(rough >= threshold)[None])
+    return similarities[0, :k], indices[0, :k]

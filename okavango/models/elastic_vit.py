@@ -1,0 +1,656 @@
+"""Elastic vision transformer: one set of weights, a grid of widths and depths (POA, arXiv 2408.01031).
+
+A subnet keeps the leading channels, the leading heads and evenly spaced blocks. Every linear layer whose input is narrowed is
+scaled by full width / active width (Eq. 2 and 3 of the paper). `ElasticViT.extract` folds all of that into a plain
+`timm` vision transformer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
+from okavango.models.features import Features, Layer, Subnet
+from okavango.models.preprocess import Image, Preprocess, Resize
+
+NORM_EPS = 1e-6
+
+
+def kept_blocks(depth: int, total: int) -> tuple[int, ...]:
+    """Indices of the blocks that a subnet of `depth` keeps out of `total`: evenly spaced, truncated, first and last included."""
+    return tuple(np.linspace(0, total - 1, depth).astype(np.int64).tolist())
+
+
+def sampling_pool(widths: Sequence[int], depths: Sequence[int], scale: float = 3.0) -> tuple[Subnet, ...]:
+    """The multiset that elastic students are drawn from, smallest first; the last entry is the intact network.
+
+    The smallest width and the smallest depth each get `scale` times the weight of the largest; multiplicities are rounded half
+    to even (POA, Eq. 14).
+    """
+    pool = []
+    for width, width_weight in zip(widths, np.linspace(scale, 1, len(widths)), strict=True):
+        for depth, depth_weight in zip(depths, np.linspace(scale, 1, len(depths)), strict=True):
+            pool += [Subnet(width, depth)] * int(np.round(width_weight * depth_weight))
+    return tuple(pool)
+
+
+def linear(x: Tensor, layer: nn.Linear, out: int, groups: int = 1) -> Tensor:
+    """A slice of a linear layer: the leading `x.shape[-1]` inputs and the leading `out` rows of each of `groups` equal row groups.
+
+    Args:
+        x: (..., inputs), inputs <= layer.in_features.
+    Returns:
+        (..., groups * out), scaled by in_features / inputs; the bias is not scaled.
+    """
+    inputs = x.shape[-1]
+    weight, bias = layer.weight, layer.bias
+    if groups == 1:
+        weight, bias = weight[:out, :inputs], bias[:out]
+    elif groups * out != layer.out_features or inputs != layer.in_features:
+        weight = weight.view(groups, -1, layer.in_features)[:, :out, :inputs].reshape(groups * out, inputs)
+        bias = bias.view(groups, -1)[:, :out].reshape(-1)
+    if inputs == layer.in_features:
+        return F.linear(x, weight, bias)
+    flat = torch.addmm(bias, x.reshape(-1, inputs), weight.t(), alpha=layer.in_features / inputs)
+    return flat.view(*x.shape[:-1], groups * out)
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Layer norm over the active channels with the leading weights."""
+    width = x.shape[-1]
+    return F.layer_norm(x, (width,), norm.weight[:width], norm.bias[:width], norm.eps)
+
+
+def add_residual(x: Tensor, branch: Callable[[Tensor], Tensor], rate: float) -> Tensor:
+    """x + branch(x) with stochastic depth.
+
+    Above a rate of 0.1 the branch runs on a random part of the batch only and its result is scaled up, as DINOv2 does; below,
+    it runs on all samples and some results are dropped.
+    """
+    if rate == 0:
+        return x + branch(x)
+    samples = len(x)
+    if rate > 0.1:
+        kept = max(1, int(samples * (1 - rate)))
+        chosen = torch.randperm(samples, device=x.device)[:kept]
+        return x.index_add(0, chosen, branch(x[chosen]).to(x.dtype), alpha=samples / kept)
+    keep = torch.rand((samples,) + (1,) * (x.ndim - 1), device=x.device, dtype=x.dtype) >= rate
+    return x + branch(x) * keep / (1 - rate)
+
+
+class LayerScale(nn.Module):
+    """Learned factor per channel."""
+
+    def __init__(self, width: int, init: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma[: x.shape[-1]]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the leading heads."""
+
+    def __init__(self, width: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, heads, N, head_dim)."""
+        batch, tokens, width = x.shape
+        qkv = linear(x, self.qkv, width, groups=3).view(batch, tokens, 3, width // self.head_dim, self.head_dim)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = F.scaled_dot_product_attention(*self.split(x))
+        return linear(mixed.transpose(1, 2).flatten(2), self.proj, x.shape[-1])
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Attention probabilities (B, heads, N, N); only for looking at them."""
+        query, key, _ = self.split(x)
+        return (query @ key.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between; the hidden width follows the active width."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        hidden = self.fc1.out_features * width // self.fc1.in_features
+        return linear(F.gelu(linear(x, self.fc1, hidden)), self.fc2, width)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with layer scale and stochastic depth; the width is that of its input."""
+
+    def __init__(self, width: int, head_dim: int, mlp_ratio: float, layer_scale: float, drop_path: float):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, head_dim)
+        self.ls1 = LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.ls2 = LayerScale(width, layer_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate = self.drop_path if self.training else 0.0
+        x = add_residual(x, lambda y: self.ls1(self.attn(layer_norm(y, self.norm1))), rate)
+        return add_residual(x, lambda y: self.ls2(self.mlp(layer_norm(y, self.norm2))), rate)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, flattened row by row."""
+
+    def __init__(self, patch_size: int, channels: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, patch_size)
+
+    def forward(self, images: Tensor, width: int) -> Tensor:
+        out = F.conv2d(images, self.proj.weight[:width], self.proj.bias[:width], self.proj.stride)
+        return out.flatten(2).transpose(1, 2)
+
+
+def interpolate_positions(embed: Tensor, grid: tuple[int, int], native: tuple[int, int], offset: float) -> Tensor:
+    """Position embedding (1, 1 + N, D) of the native grid -> (1, 1 + h * w, D), bicubic, without antialias, in float32.
+
+    Args:
+        offset: DINO's trick of adding it to the wanted size and passing a scale factor, which decides the sampling points; a
+            checkpoint is used with the value it was trained with. 0 passes the size itself.
+    """
+    if grid == native:
+        return embed
+    head, patches = embed[:, :1], embed[:, 1:]
+    patches = patches.float().unflatten(1, native).permute(0, 3, 1, 2)
+    if offset:
+        scale = [(size + offset) / full for size, full in zip(grid, native, strict=True)]
+        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
+    else:
+        patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([head, patches.flatten(2).transpose(1, 2).to(embed.dtype)], 1)
+
+
+def vit_preprocess(image_size: int, channels: int, patch_size: int) -> Preprocess:
+    """The default input of a vision transformer trained on RGB pictures with ImageNet statistics."""
+    del channels, patch_size
+    return Preprocess(image=Image(size=(image_size, image_size), resize=Resize(rule="shortest", crop_ratio=224 / 256)))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What `ElasticViT.fit_budget` found.
+
+    Attributes:
+        subnet: the largest one within the budget.
+        parameters: of its stand-alone model.
+        latency_ms: median milliseconds per batch on this machine, None when only parameters were asked for.
+        measured: subnet -> (parameters, latency_ms) of all that were tried.
+    """
+
+    subnet: Subnet
+    parameters: int
+    latency_ms: float | None
+    measured: dict[Subnet, tuple[int, float | None]]
+
+
+class _Tokens(Backbone):
+    """What the elastic and the extracted transformer share: patches in, `Features` out."""
+
+    head_dim: int
+    patch_size: int
+    position_offset: float
+    native_grid: tuple[int, int]
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"image of {height}x{width} pixels: both sides must be multiples of the patch size {self.patch_size}")
+        return height // self.patch_size, width // self.patch_size
+
+    def _features(self, x: Tensor, grid: tuple[int, int], layers: dict[int, Tensor], norm: nn.LayerNorm) -> Features:
+        normed = layer_norm(x, norm)
+        return Features(
+            pooled=normed[:, 0],
+            prefix=normed[:, :1],
+            tokens={"image": normed[:, 1:]},
+            grid={"image": grid},
+            layers={i: Layer(prefix=y[:, :1], tokens={"image": y[:, 1:]}, grid={"image": grid}) for i, y in layers.items()},
+        )
+
+
+class ElasticViT(_Tokens):
+    """Vision transformer whose width and depth are chosen per call.
+
+    Args:
+        image_size: side of the square training image in pixels.
+        patch_size: side of a patch in pixels.
+        min_width, max_width, width_step: range of widths; each is a multiple of `head_dim`.
+        min_depth, max_depth: range of depths.
+        head_dim: channels per attention head, the same at all widths.
+        channels: channels of the image.
+        mlp_ratio: hidden width of the MLP over the width.
+        layer_scale: initial value of layer scale.
+        drop_path: rate of stochastic depth, the same in all blocks; active in training mode only.
+        position_offset: see `interpolate_positions`.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+
+    optional_parameters = ("mask_token",)  # has no gradient until tokens are masked
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 224,
+        patch_size: int = 16,
+        min_width: int = 384,
+        max_width: int = 1024,
+        width_step: int = 64,
+        min_depth: int = 12,
+        max_depth: int = 24,
+        head_dim: int = 64,
+        channels: int = 3,
+        mlp_ratio: float = 4.0,
+        layer_scale: float = 1e-5,
+        drop_path: float = 0.0,
+        position_offset: float = 0.1,
+    ):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"image_size {image_size}: must be a multiple of patch_size {patch_size}")
+        if any(value % head_dim for value in (min_width, max_width, width_step)) or (max_width - min_width) % width_step:
+            raise ValueError(f"widths {min_width}..{max_width} by {width_step}: all must be multiples of head_dim {head_dim}")
+        if not 1 <= min_depth <= max_depth:
+            raise ValueError(f"depths {min_depth}..{max_depth}: expected 1 <= min_depth <= max_depth")
+        self.architecture = "elastic_vit"
+        self.arguments = {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "min_width": min_width,
+            "max_width": max_width,
+            "width_step": width_step,
+            "min_depth": min_depth,
+            "max_depth": max_depth,
+            "head_dim": head_dim,
+            "channels": channels,
+            "mlp_ratio": mlp_ratio,
+            "layer_scale": layer_scale,
+            "drop_path": drop_path,
+            "position_offset": position_offset,
+        }
+        self.widths = tuple(range(min_width, max_width + 1, width_step))
+        self.depths = tuple(range(min_depth, max_depth + 1))
+        self.head_dim, self.patch_size, self.position_offset = head_dim, patch_size, position_offset
+        side = image_size // patch_size
+        self.native_grid = (side, side)
+        self.activation_checkpointing = False
+        self.preprocess = vit_preprocess(image_size, channels, patch_size)
+        self.feature_info = FeatureInfo(max_width, max_depth, (max_width,) * max_depth, (patch_size,) * max_depth, prefix=1)
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, max_width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, max_width))
+        self.mask_token = nn.Parameter(torch.zeros(1, max_width))
+        self.patch_embed = PatchEmbed(patch_size, channels, max_width)
+        self.blocks = nn.ModuleList(Block(max_width, head_dim, mlp_ratio, layer_scale, drop_path) for _ in range(max_depth))
+        self.norm = nn.LayerNorm(max_width, eps=NORM_EPS)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+
+    # -- subnets ------------------------------------------------------------------------------------------------------
+
+    @property
+    def intact(self) -> Subnet:
+        """The full network."""
+        return Subnet(self.widths[-1], self.depths[-1])
+
+    def list_subnets(self) -> list[Subnet]:
+        """All subnets, by width, then depth."""
+        return [Subnet(width, depth) for width in self.widths for depth in self.depths]
+
+    def sampling_pool(self, scale: float = 3.0) -> tuple[Subnet, ...]:
+        """The multiset that training draws from; see the function of the same name."""
+        return sampling_pool(self.widths, self.depths, scale)
+
+    def check_subnet(self, subnet: Subnet | None) -> Subnet:
+        """The subnet itself, or the intact one for None.
+
+        Raises:
+            ValueError: not on the grid of widths and depths.
+        """
+        if subnet is None:
+            return self.intact
+        if subnet.width not in self.widths or subnet.depth not in self.depths:
+            raise ValueError(
+                f"subnet {subnet}: widths are {', '.join(map(str, self.widths))} and depths {self.depths[0]}..{self.depths[-1]}"
+            )
+        return subnet
+
+    def count_parameters(self, subnet: Subnet | None = None) -> int:
+        """Parameters of the stand-alone model of a subnet (the mask token is not one of them)."""
+        subnet = self.check_subnet(subnet)
+        width, full = subnet.width, self.widths[-1]
+        hidden = self.blocks[0].mlp.fc1.out_features * width // full
+        block = (3 * width * width + 3 * width) + (width * width + width) + (2 * width * hidden + hidden + width) + 6 * width
+        patch = self.patch_embed.proj.weight[0].numel() * width + width
+        return int(subnet.depth) * block + patch + 2 * width + width + self.pos_embed.shape[1] * width
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def _embed(self, images: Tensor, mask: Tensor | None, width: int) -> tuple[Tensor, tuple[int, int]]:
+        grid = self._grid(images)
+        x = self.patch_embed(images, width)
+        if mask is not None:
+            x = torch.where(mask[..., None], self.mask_token[:, :width].to(x.dtype), x)
+        x = torch.cat([self.cls_token[..., :width].expand(len(x), -1, -1).to(x.dtype), x], 1)
+        return x + interpolate_positions(self.pos_embed[..., :width], grid, self.native_grid, self.position_offset), grid
+
+    def forward(self, inputs, *, present=None, token_mask=None, subnet=None, layers=()) -> Features:
+        """Image (B, C, H, W) -> features of the subnet; H and W are any multiples of the patch size.
+
+        `token_mask["image"]`: bool (B, N), True where the mask token replaces the patch. Layer i is the i-th active block.
+        """
+        subnet = self.check_subnet(subnet)
+        mask = None if token_mask is None else token_mask.get("image")
+        wanted = set(resolve_layers(layers, int(subnet.depth)))
+        x, grid = self._embed(inputs["image"], mask, subnet.width)
+        kept: dict[int, Tensor] = {}
+        for position, index in enumerate(kept_blocks(int(subnet.depth), len(self.blocks))):
+            block = self.blocks[index]
+            x = checkpoint(block, x, use_reentrant=False) if self.activation_checkpointing and self.training else block(x)
+            if position in wanted:
+                kept[position] = x
+        return self._features(x, grid, kept, self.norm)
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """The final layer norm, applied to tokens (..., width) of any layer."""
+        return layer_norm(tokens, self.norm)
+
+    def attention_weights(self, inputs, layer: int = -1, subnet: Subnet | None = None) -> Tensor:
+        """Attention probabilities (B, heads, 1 + N, 1 + N) of one active block."""
+        subnet = self.check_subnet(subnet)
+        (layer,) = resolve_layers([layer], int(subnet.depth))
+        x, _ = self._embed(inputs["image"], None, subnet.width)
+        blocks = [self.blocks[index] for index in kept_blocks(int(subnet.depth), len(self.blocks))]
+        for block in blocks[:layer]:
+            x = block(x)
+        return blocks[layer].attn.weights(layer_norm(x, blocks[layer].norm1))
+
+    def layer_ids(self) -> dict[str, int]:
+        """See `Backbone.layer_ids`; the rule of DINOv2."""
+        ids = dict.fromkeys(("cls_token", "pos_embed", "mask_token"), 0)
+        for name, _ in self.named_parameters():
+            if name.startswith("patch_embed."):
+                ids[name] = 0
+            elif name.startswith("blocks."):
+                ids[name] = int(name.split(".")[1]) + 1
+        return ids
+
+    def resize_weights(self, name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """Fit a position embedding that was trained with another number of patches; None for anything else."""
+        side = round((tensor.shape[1] - 1) ** 0.5) if tensor.ndim == 3 else 0
+        if name != "pos_embed" or side * side + 1 != tensor.shape[1] or tensor.shape[-1] != shape[-1]:
+            return None
+        return interpolate_positions(tensor, self.native_grid, (side, side), self.position_offset)
+
+    # -- stand-alone models ---------------------------------------------------------------------------------------------
+
+    def extract(self, subnet: Subnet) -> ViT:
+        """Cut a stand-alone model out of this one; the weights are copied, the width scale is folded in.
+
+        Returns:
+            A `ViT` around timm's VisionTransformer, in eval mode, on the same device: the subnet's outputs to 1e-5.
+        Raises:
+            ValueError: a subnet that is not in `list_subnets()`.
+
+        Example:
+            >>> net = ElasticViT(image_size=32, patch_size=8, min_width=32, max_width=64, width_step=16, head_dim=16, max_depth=4,
+            ...                  min_depth=2)
+            >>> net.extract(Subnet(32, 2)).feature_info.channels
+            32
+        """
+        subnet = self.check_subnet(subnet)
+        width, scale = subnet.width, self.widths[-1] / subnet.width
+        hidden = self.blocks[0].mlp.fc1.out_features * width // self.widths[-1]
+        own = self.state_dict()
+
+        def narrow(name: str, out: int, groups: int = 1) -> dict[str, Tensor]:
+            weight, bias = own[f"{name}.weight"], own[f"{name}.bias"]
+            inputs = width if weight.shape[1] == self.widths[-1] else hidden
+            weight = weight.view(groups, -1, weight.shape[1])[:, :out, :inputs].reshape(-1, inputs)
+            return {"weight": weight * scale, "bias": bias.view(groups, -1)[:, :out].reshape(-1)}
+
+        tensors = {key: own[key][..., :width] for key in ("cls_token", "pos_embed")}
+        tensors |= {f"patch_embed.proj.{leaf}": own[f"patch_embed.proj.{leaf}"][:width] for leaf in ("weight", "bias")}
+        tensors |= {f"norm.{leaf}": own[f"norm.{leaf}"][:width] for leaf in ("weight", "bias")}
+        for position, index in enumerate(kept_blocks(int(subnet.depth), len(self.blocks))):
+            old, new = f"blocks.{index}", f"blocks.{position}"
+            for leaf in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
+                tensors[f"{new}.{leaf}"] = own[f"{old}.{leaf}"][:width]
+            for name, out, groups in (("attn.qkv", width, 3), ("attn.proj", width, 1), ("mlp.fc1", hidden, 1), ("mlp.fc2", width, 1)):
+                for leaf, tensor in narrow(f"{old}.{name}", out, groups).items():
+                    tensors[f"{new}.{name}.{leaf}"] = tensor
+        model = vit(
+            image_size=self.native_grid[0] * self.patch_size,
+            patch_size=self.patch_size,
+            width=width,
+            depth=int(subnet.depth),
+            head_dim=self.head_dim,
+            channels=self.patch_embed.proj.in_channels,
+            mlp_ratio=hidden / width,
+            layer_scale=self.arguments["layer_scale"],
+            position_offset=self.position_offset,
+        )
+        model.trunk.load_state_dict({name: tensor.detach().clone() for name, tensor in tensors.items()})
+        model.preprocess = self.preprocess
+        return model.to(self.pos_embed.device, self.pos_embed.dtype).eval()
+
+    def fit_budget(
+        self, *, latency_ms: float | None = None, params: int | None = None, batch: int = 1, repeats: int = 15
+    ) -> Fit:
+        """The largest subnet within a budget that is measured on this machine.
+
+        Args:
+            latency_ms: milliseconds per forward pass of `batch` images at the training size, by the stand-alone model, with the
+                threads that torch has now; the median of `repeats` passes counts.
+            params: parameters of the stand-alone model.
+        Raises:
+            ValueError: no budget given, or no subnet meets it; the message says what the smallest one needs.
+        """
+        if latency_ms is None and params is None:
+            raise ValueError("fit_budget: give latency_ms=, params= or both")
+        subnets = sorted(self.list_subnets(), key=lambda subnet: (self.count_parameters(subnet), subnet))
+        fitting = [s for s in subnets if params is None or self.count_parameters(s) <= params]
+        if not fitting:
+            raise ValueError(f"fit_budget: no subnet has at most {params} parameters; the smallest has {self.count_parameters(subnets[0])}")
+        measured: dict[Subnet, tuple[int, float | None]] = {}
+        if latency_ms is None:
+            best = fitting[-1]
+            measured[best] = (self.count_parameters(best), None)
+            return Fit(best, self.count_parameters(best), None, measured)
+
+        def meets(subnet: Subnet) -> bool:
+            if subnet not in measured:
+                measured[subnet] = (self.count_parameters(subnet), self._latency(subnet, batch, repeats))
+            return measured[subnet][1] <= latency_ms
+
+        # Latency grows with parameters but not strictly (depth costs more time than width), so the neighbours above are tried too.
+        low, high = 0, len(fitting)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if meets(fitting[middle]) else (low, middle)
+        for subnet in fitting[low : low + 4]:
+            meets(subnet)
+        good = [s for s in fitting if s in measured and measured[s][1] <= latency_ms]
+        if not good:
+            smallest = min(measured, key=lambda s: measured[s][1])
+            raise ValueError(
+                f"fit_budget: no subnet takes at most {latency_ms:g} ms for a batch of {batch} here; "
+                f"the fastest measured, {smallest}, takes {measured[smallest][1]:.2f} ms"
+            )
+        best = good[-1]
+        return Fit(best, *measured[best], measured)
+
+    @torch.inference_mode()
+    def _latency(self, subnet: Subnet, batch: int, repeats: int) -> float:
+        model, parameter = self.extract(subnet), self.pos_embed
+        side = self.native_grid[0] * self.patch_size
+        images = torch.zeros(batch, self.patch_embed.proj.in_channels, side, side, device=parameter.device, dtype=parameter.dtype)
+        times = []
+        for _ in range(3 + repeats):
+            start = time.perf_counter()
+            model(image=images)
+            if parameter.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return 1000 * sorted(times[3:])[repeats // 2]
+
+
+class ViT(_Tokens):
+    """timm's VisionTransformer as a backbone (`trunk`): what `ElasticViT.extract` returns.
+
+    Other image sizes interpolate the position embedding as the supernet does, which is not timm's rule.
+    """
+
+    def __init__(self, trunk: nn.Module, *, position_offset: float, arguments: dict):
+        super().__init__()
+        self.architecture, self.arguments = "vit", arguments
+        self.trunk, self.position_offset = trunk, position_offset
+        self.patch_size = arguments["patch_size"]
+        self.native_grid = (arguments["image_size"] // self.patch_size,) * 2
+        width, depth = arguments["width"], arguments["depth"]
+        self.head_dim = arguments["head_dim"]
+        self.preprocess = vit_preprocess(arguments["image_size"], arguments["channels"], self.patch_size)
+        self.feature_info = FeatureInfo(width, depth, (width,) * depth, (self.patch_size,) * depth, prefix=1)
+
+    def forward(self, inputs, *, present=None, token_mask=None, subnet=None, layers=()) -> Features:
+        """Image (B, C, H, W) -> features; H and W are any multiples of the patch size."""
+        if subnet is not None or token_mask is not None:
+            raise ValueError("an extracted ViT has no subnets and no mask token; use the elastic supernet for both")
+        images, trunk = inputs["image"], self.trunk
+        grid = self._grid(images)
+        wanted = set(resolve_layers(layers, len(trunk.blocks)))
+        x = trunk.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        x = torch.cat([trunk.cls_token.expand(len(x), -1, -1), x], 1)
+        x = x + interpolate_positions(trunk.pos_embed, grid, self.native_grid, self.position_offset)
+        kept = {}
+        for position, block in enumerate(trunk.blocks):
+            x = block(x)
+            if position in wanted:
+                kept[position] = x
+        return self._features(x, grid, kept, trunk.norm)
+
+    def attention_weights(self, inputs, layer: int = -1, subnet: Subnet | None = None) -> Tensor:
+        """Attention probabilities (B, heads, 1 + N, 1 + N) of one block."""
+        if subnet is not None:
+            raise ValueError("an extracted ViT has no subnets; use the elastic supernet")
+        (layer,) = resolve_layers([layer], len(self.trunk.blocks))
+        below = super().__call__(inputs, layers=(layer - 1,)).layers[layer - 1] if layer else None
+        if below is None:
+            x = self.trunk.patch_embed.proj(inputs["image"]).flatten(2).transpose(1, 2)
+            x = torch.cat([self.trunk.cls_token.expand(len(x), -1, -1), x], 1)
+            x = x + interpolate_positions(self.trunk.pos_embed, self._grid(inputs["image"]), self.native_grid, self.position_offset)
+        else:
+            x = torch.cat([below.prefix, below.tokens["image"]], 1)
+        block = self.trunk.blocks[layer]
+        batch, tokens, width = x.shape
+        qkv = block.attn.qkv(block.norm1(x)).view(batch, tokens, 3, width // self.head_dim, self.head_dim)
+        query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return (query @ key.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1)
+
+    def layer_ids(self) -> dict[str, int]:
+        """See `Backbone.layer_ids`."""
+        ids = {}
+        for name, _ in self.named_parameters():
+            if name.startswith("trunk.blocks."):
+                ids[name] = int(name.split(".")[2]) + 1
+            elif not name.startswith("trunk.norm"):
+                ids[name] = 0
+        return ids
+
+
+@register
+def vit(
+    *,
+    image_size: int = 224,
+    patch_size: int = 16,
+    width: int = 384,
+    depth: int = 12,
+    head_dim: int = 64,
+    channels: int = 3,
+    mlp_ratio: float = 4.0,
+    layer_scale: float = 1e-5,
+    position_offset: float = 0.1,
+) -> ViT:
+    """A plain vision transformer with the layout of an extracted subnet (timm's class inside)."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    arguments = dict(locals())
+    arguments.pop("VisionTransformer")
+    trunk = VisionTransformer(
+        img_size=image_size,
+        patch_size=patch_size,
+        in_chans=channels,
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // head_dim,
+        mlp_ratio=mlp_ratio,
+        init_values=layer_scale,
+        norm_layer=lambda size, **_: nn.LayerNorm(size, eps=NORM_EPS),
+        num_classes=0,
+    )
+    return ViT(trunk, position_offset=position_offset, arguments=arguments)
+
+
+@register
+def elastic_vit(**arguments) -> ElasticViT:
+    """Any elastic vision transformer: takes all arguments of `ElasticViT`."""
+    return ElasticViT(**arguments)
+
+
+@register
+def elastic_vit_tiny(**arguments) -> ElasticViT:
+    """For small pictures and two cores: 28 px, patch 4, widths 64..128, depths 2..6, heads of 32; 1.2 M parameters."""
+    small = dict(image_size=28, patch_size=4, min_width=64, max_width=128, width_step=32, min_depth=2, max_depth=6, head_dim=32)
+    return ElasticViT(**{**small, **arguments})
+
+
+@register
+def elastic_vit_small(**arguments) -> ElasticViT:
+    """Widths 192..384, depths 6..12, up to ViT-S/16."""
+    return ElasticViT(**{**dict(min_width=192, max_width=384, min_depth=6, max_depth=12), **arguments})
+
+
+@register
+def elastic_vit_base(**arguments) -> ElasticViT:
+    """Widths 384..768, depths 8..12, up to ViT-B/16."""
+    return ElasticViT(**{**dict(min_width=384, max_width=768, min_depth=8, max_depth=12), **arguments})
+
+
+@register
+def elastic_vit_large(**arguments) -> ElasticViT:
+    """The published supernet: widths 384..1024, depths 12..24, ViT-S/16 to ViT-L/16; 143 subnets."""
+    return ElasticViT(**{**dict(min_width=384, max_width=1024, min_depth=12, max_depth=24), **arguments})

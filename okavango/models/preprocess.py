@@ -1,0 +1,290 @@
+"""The input that a checkpoint was trained on, as data: a versioned union `Image | Raster | Volume | Text`.
+
+A `Preprocess` maps each modality of a backbone to one spec. It is stored in the checkpoint, frozen, picklable, and usable in
+DataLoader workers without the model. It takes arrays and tensors; readers of files live in `okavango.data`.
+
+Version 1 of the format is final: fields are only added with a default, a change of meaning needs a new version and a migration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class PreprocessError(ValueError):
+    """The data does not fit the spec; the message says how to mend it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize:
+    """How an input of another size is brought to the spec's size.
+
+    Attributes:
+        rule: "exact" ignores the aspect, "shortest" scales the shortest side and crops the centre, "pad" scales the longest side
+            and pads, "crop" crops or pads at the native scale, "none" leaves the size alone.
+        interpolation: "nearest", "bilinear", "bicubic", "area" or "lanczos".
+        antialias: low-pass filter when shrinking.
+        corners: "half_pixel" (torchvision, PIL) or "aligned" (`align_corners=True`).
+        crop_ratio: the input is scaled to `size / crop_ratio` before the centre crop (timm's crop_pct).
+        multiple_of: when rule is "none", sides must divide by this; 1 allows any.
+        fill: value of padded cells, in the units after normalisation.
+        on: "native" resizes before the value scale is applied (8-bit images), "normalised" resizes the normalised float tensor.
+    """
+
+    rule: Literal["exact", "shortest", "pad", "crop", "none"] = "shortest"
+    interpolation: Literal["nearest", "bilinear", "bicubic", "area", "lanczos"] = "bicubic"
+    antialias: bool = True
+    corners: Literal["half_pixel", "aligned"] = "half_pixel"
+    crop_ratio: float = 1.0
+    multiple_of: int = 1
+    fill: float = 0.0
+    on: Literal["native", "normalised"] = "native"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalise:
+    """Values after the scale: how they are standardised.
+
+    Attributes:
+        rule: "standard" (x - mean) / std; "minmax" (x - low) / (high - low); "stretch" the same, clipped to 0..1, then mean and std
+            where given; "percentile" the same with percentiles of the sample; "zscore" mean and std of the sample itself;
+            "zscore_nonzero" the same over non-zero cells only, zero stays zero; "none".
+        mean, std, low, high: one number per channel, in the units after `scale` and `offset`.
+        percentiles: lower and upper percentile for "percentile".
+        clip: bounds applied after the rule, or None.
+        quantise: round down to this many levels after a stretch (256 for 8-bit pipelines), 0 for none.
+        batch_dependent: statistics are taken over the whole batch.
+        origin: where the statistics come from, e.g. "imagenet-1k train".
+    """
+
+    rule: Literal["standard", "minmax", "stretch", "percentile", "zscore", "zscore_nonzero", "none"] = "none"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    percentiles: tuple[float, float] | None = None
+    clip: tuple[float, float] | None = None
+    quantise: int = 0
+    batch_dependent: bool = False
+    origin: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """Photographs and other pictures of few channels.
+
+    Attributes:
+        channels: names in the order that the network expects, e.g. ("red", "green", "blue"). A picture of one channel is repeated
+            for an RGB network; alpha is dropped.
+        size: height and width in pixels.
+        scale, offset: network value = stored value * scale + offset, before normalisation (1/255 for 8-bit input).
+        resize, normalise: see there.
+    """
+
+    channels: tuple[str, ...] = ("red", "green", "blue")
+    size: tuple[int, int] = (224, 224)
+    scale: float = 1 / 255
+    offset: float = 0.0
+    resize: Resize = field(default_factory=Resize)
+    normalise: Normalise = field(
+        default_factory=lambda: Normalise(rule="standard", mean=IMAGENET_MEAN, std=IMAGENET_STD, origin="imagenet-1k train")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raster:
+    """Images of named spectral or radar bands.
+
+    Attributes:
+        channels: band names in the order that the network expects.
+        wavelengths: centre of each band in nanometres, None where it has none (radar); empty when unknown.
+        sensor: e.g. "sentinel-2"; level: processing level, e.g. "L2A"; units: of the network's values before normalisation, one of
+            "dn", "reflectance", "db", "linear", "u8".
+        scale, offset: one number per band, or one for all: value in `units` = stored value * scale + offset.
+        valid: lowest and highest value in `units` that is possible, or None; used to notice input that is already normalised.
+        nodata: stored value that means "no measurement", or None; nodata_fill: what it becomes after normalisation.
+        absent: value of a band that the data lacks, after normalisation, or None to refuse.
+        resolution: ground sampling distance in metres, or None.
+    """
+
+    channels: tuple[str, ...]
+    wavelengths: tuple[float | None, ...] = ()
+    sensor: str = ""
+    level: str = ""
+    units: str = "reflectance"
+    scale: tuple[float, ...] = (1.0,)
+    offset: tuple[float, ...] = (0.0,)
+    valid: tuple[float, float] | None = None
+    nodata: float | None = None
+    nodata_fill: float = 0.0
+    absent: float | None = None
+    resolution: float | None = None
+    size: tuple[int, int] = (224, 224)
+    resize: Resize = field(default_factory=Resize)
+    normalise: Normalise = field(default_factory=Normalise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Volume:
+    """Three-dimensional scans, one volume per named sequence.
+
+    Attributes:
+        channels: sequence names, e.g. ("t1", "t1c", "t2", "flair").
+        aliases: other names by which data may call a sequence, ((alias, name), ...).
+        size: depth, height and width in voxels (the array's own order of axes).
+        spacing: millimetres per voxel along each axis, or None for "as stored".
+        orientation: axis codes such as "RAS", or None for "as stored".
+        units: of the stored values, e.g. "arbitrary" or "hounsfield"; scale, offset: as for `Image`.
+        foreground: crop to the non-zero box first.
+        resize, normalise: as elsewhere; `resize.rule` "crop" crops and pads at the native spacing.
+    """
+
+    channels: tuple[str, ...]
+    aliases: tuple[tuple[str, str], ...] = ()
+    size: tuple[int, int, int] = (128, 128, 128)
+    spacing: tuple[float, float, float] | None = None
+    orientation: str | None = None
+    units: str = "arbitrary"
+    scale: float = 1.0
+    offset: float = 0.0
+    foreground: bool = False
+    resize: Resize = field(default_factory=lambda: Resize(rule="crop", interpolation="bilinear"))
+    normalise: Normalise = field(default_factory=lambda: Normalise(rule="zscore_nonzero"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Text and how it is tokenised.
+
+    Attributes:
+        tokenizer: name that `transformers` or `open_clip` resolves, with the library as prefix, e.g. "hf/roberta-base".
+        revision: commit or version of the tokenizer; sha256: of its vocabulary file, "" when unknown.
+        length: tokens per text; longer text is cut, shorter is padded with `pad`.
+        lower: fold to lower case first.
+    """
+
+    tokenizer: str
+    revision: str = ""
+    sha256: str = ""
+    vocabulary: int = 0
+    length: int = 77
+    pad: int = 0
+    begin: int | None = None
+    end: int | None = None
+    lower: bool = False
+
+
+InputSpec = Image | Raster | Volume | Text
+_KINDS: dict[str, type] = {"image": Image, "raster": Raster, "volume": Volume, "text": Text}
+
+
+@dataclass(frozen=True)
+class Preprocess(Mapping[str, InputSpec]):
+    """Modality name -> spec, and the call that brings raw arrays into that shape.
+
+    Example:
+        >>> import numpy as np
+        >>> Preprocess(image=Image(size=(32, 32)))(image=np.zeros((40, 48, 3), np.uint8))["image"].shape
+        torch.Size([1, 3, 32, 32])
+    """
+
+    specs: tuple[tuple[str, InputSpec], ...]
+
+    def __init__(self, specs: Mapping[str, InputSpec] | None = None, /, **modalities: InputSpec):
+        object.__setattr__(self, "specs", tuple({**(specs or {}), **modalities}.items()))
+
+    def __getitem__(self, modality: str) -> InputSpec:
+        for name, spec in self.specs:
+            if name == modality:
+                return spec
+        raise KeyError(modality)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __call__(self, **inputs: Any) -> dict[str, Any]:
+        """Turn raw inputs into batches of tensors that the backbone takes as ``model(**result)``.
+
+        Args:
+            **inputs: per modality one sample, a list of samples or a batch: uint8 or float arrays (H, W), (H, W, C) for numpy and PIL,
+                (C, H, W) for tensors, with a leading B for a batch. 8-bit values are 0..255, floats are in the units that
+                `scale` and `offset` start from.
+        Returns:
+            modality -> float32 tensor (B, C, H, W).
+        Raises:
+            PreprocessError: unknown modality, wrong number of channels, already normalised input.
+        """
+        from okavango.models._apply import apply  # torch is imported only when data arrives
+
+        out = {}
+        for name, value in inputs.items():
+            if name not in self:
+                raise PreprocessError(f"unknown modality {name!r}: this checkpoint takes {', '.join(self) or 'none'}")
+            out[name] = apply(self[name], value, name)
+        return out
+
+    def replace(self, modality: str, **changes: Any) -> Preprocess:
+        """A copy in which some fields of one spec differ."""
+        return Preprocess({**dict(self.specs), modality: dataclasses.replace(self[modality], **changes)})
+
+    def to_json(self) -> dict:
+        """Plain JSON: ``{"version": 1, "specs": {modality: {"kind": ..., fields}}}``."""
+        kinds = {cls: kind for kind, cls in _KINDS.items()}
+        return {
+            "version": FORMAT_VERSION,
+            "specs": {name: {"kind": kinds[type(spec)], **dataclasses.asdict(spec)} for name, spec in self.specs},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping) -> Preprocess:
+        """Read what `to_json` wrote.
+
+        Raises:
+            PreprocessError: unknown version, kind or field.
+        """
+        if data.get("version") != FORMAT_VERSION:
+            raise PreprocessError(
+                f"preprocess format {data.get('version')!r}: this version of okavango reads {FORMAT_VERSION}; install a newer okavango"
+            )
+        specs = {}
+        for name, entry in data["specs"].items():
+            fields = {key: value for key, value in entry.items() if key != "kind"}
+            if entry.get("kind") not in _KINDS:
+                raise PreprocessError(f"preprocess of {name!r}: unknown kind {entry.get('kind')!r}; expected {', '.join(_KINDS)}")
+            specs[name] = _build(_KINDS[entry["kind"]], fields, f"preprocess of {name!r}")
+        return cls(specs)
+
+
+def _build(cls: type, fields: Mapping, where: str):
+    """A frozen dataclass from JSON: lists become tuples, nested specs are built, unknown fields are refused."""
+    hints = typing.get_type_hints(cls)
+    unknown = set(fields) - set(hints)
+    if unknown:
+        raise PreprocessError(f"{where}: unknown field {sorted(unknown)[0]!r}; expected {', '.join(hints)}")
+    values = {}
+    for key, value in fields.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            value = _build(typing.cast(type, hint), value, f"{where}, {key}")
+        elif isinstance(value, list):
+            value = _tuples(value)
+        elif value is None and not (isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)):
+            raise PreprocessError(f"{where}: {key} must not be null")
+        values[key] = value
+    return cls(**values)
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,571 @@
+"""The one training loop: pretraining, further pretraining, fine-tuning.
+
+It names no modality, no loss and no model; see "Objective" in the documentation for what it asks of an objective. Everything random
+is a pure function of (seed, epoch, index) or (seed, step, rank), so that a run that is killed and started again ends with the same
+weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from okavango.data.loading import Batches, batch_loader, derive
+from okavango.data.sources import Source
+from okavango.models.features import to_device
+from okavango.models.preprocess import Preprocess
+from okavango.pretrain import collectives, state
+from okavango.pretrain.optim import Optimiser, clip_gradients, lerp_parameters
+from okavango.pretrain.settings import Recipe
+from okavango.zoo.checkpoint import save_checkpoint
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on; one line for the user."""
+
+
+Evaluator = Callable[[nn.Module], Mapping[str, float]]
+
+
+def train(
+    objective: nn.Module,
+    source: Source,
+    recipe: Recipe,
+    out: Path,
+    *,
+    preprocess: Preprocess,
+    accelerator: Any = None,
+    evaluators: Mapping[str, Evaluator] | None = None,
+    card: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Run or resume a recipe in a run folder.
+
+    Args:
+        objective: what is trained; the same weights on every process.
+        source: map-style samples.
+        recipe: run, optimiser and, for the record, everything else.
+        out: run folder; a run that is found there is continued.
+        preprocess: of the backbone, for the objective's `transform`.
+        accelerator: see `make_accelerator`, made before anything that is random.
+        evaluators: name -> function of the exported module, called every `eval_every` steps on the first process.
+        card: what the exported checkpoints say of themselves.
+        say: where lines of progress go, on the first process.
+
+    Returns:
+        The run folder. When SIGTERM came, the state is saved and nothing is exported.
+
+    Raises:
+        RunError, StateError: bad settings, folder in use, full disk, non-finite loss, too many bad samples.
+    """
+    out = Path(out)
+    accelerator = accelerator or make_accelerator(recipe, out)
+    main = accelerator.is_main_process
+    say = say if main else lambda line: None
+    with state.run_lock(out) if main else nullcontext():
+        return _train(objective, source, recipe, out, preprocess, accelerator, evaluators or {}, dict(card or {}), say)
+
+
+def make_accelerator(recipe: Recipe, out: Path):
+    """accelerate's process setup, mixed precision and trackers for a recipe."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    run = recipe.run
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    # Which parameters have a gradient depends on the step (subnets, masks), so DDP has to look for the others.
+    replicate = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    return Accelerator(
+        mixed_precision={"fp32": "no"}.get(run.precision, run.precision),
+        log_with=list(run.trackers) or None,
+        project_dir=str(out),
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[replicate],
+    )
+
+
+def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, card, say) -> Path:
+    run, rank, world = recipe.run, accelerator.process_index, accelerator.num_processes
+    device, main = accelerator.device, accelerator.is_main_process
+    template = copy.deepcopy(objective) if run.parallel == "fsdp" and world > 1 and main else None
+    batches = Batches(
+        source,
+        objective.transform(preprocess),
+        objective.collate,
+        batch=run.batch,
+        seed=run.seed,
+        rank=rank,
+        world=world,
+        accumulate=run.accumulate,
+    )
+    objective = objective.to(device)
+    model = _distribute(objective, recipe, accelerator)
+    optimiser = Optimiser(objective.param_groups(), recipe.optim, run.steps, run.batch)
+    optimiser.adamw = accelerator.prepare_optimizer(optimiser.adamw)
+    average = _Average(objective, recipe.optim.ema)
+
+    start = _resume(objective, optimiser, average, recipe, out, world, say)
+    log = _Log(out, recipe, accelerator, start)
+    if start == 0:
+        _preflight(objective, batches, accelerator, out, run, say)
+    if main:
+        state.write_json(out / "recipe.json", asdict(recipe))
+    stop = _StopSignal()
+    clock, bad_seen = _Clock(), 0
+    loader = batch_loader(batches, start, run.steps, workers=run.workers)
+    objective.train()
+    done = start
+    totals: dict[str, Tensor] = {}
+    for step, micro, batch in clock.waiting(loader):
+        bad = batch.pop("bad")
+        for name, reason in bad:
+            say(f"bad sample {name} at step {step}: {reason}; another one stands in")
+        bad_seen += len(bad)
+        batch = to_device(batch, device)
+        last = micro == run.accumulate - 1
+        with model.no_sync() if not last and hasattr(model, "no_sync") else nullcontext():
+            torch.manual_seed(derive(run.seed, "model", step, rank, micro))
+            with accelerator.autocast():
+                losses = model(batch, step)
+            if collectives.any_rank(not bool(torch.isfinite(losses["loss"])), device):
+                _save_for_replay(out, objective, batch, step, micro, rank, recipe, losses)
+            accelerator.backward(losses["loss"] / run.accumulate)
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0) + value.detach().float() / run.accumulate
+        if not last:
+            continue
+
+        schedule = optimiser.schedule(step)
+        accelerator.unscale_gradients(optimiser.adamw)
+        norms = clip_gradients(objective.clip_groups(), recipe.optim.clip)
+        if run.precision != "fp16" and collectives.any_rank(not all(bool(torch.isfinite(norm)) for norm in norms), device):
+            _save_for_replay(out, objective, batch, step, micro, rank, recipe, {f"norm{i}": norm for i, norm in enumerate(norms)})
+        optimiser.adamw.step()
+        optimiser.adamw.zero_grad(set_to_none=True)
+        objective.after_step(step)
+        average.update()
+        done = step + 1
+
+        clock.count(run.batch)
+        if done % run.log_every == 0 or done == run.steps:
+            means = {name: float(collectives.mean_over_ranks(value)) for name, value in totals.items()}
+            norms_named = {f"grad_norm_{i}": float(_full(norm)) for i, norm in enumerate(norms)}
+            log.write(step, {**means, **norms_named, **schedule, **clock.rates(), "bad_samples": bad_seen}, run.steps, say)
+        totals = {}
+        _check_bad(bad_seen, (done - start) * run.batch // world, run.bad_share)
+        if evaluators and run.eval_every and done % run.eval_every == 0 and done < run.steps:
+            with clock.paused():
+                log.write(step, _evaluate(objective, evaluators, main), run.steps, say)
+        stopping = collectives.any_rank(stop.wanted(), device)
+        if done % run.save_every == 0 or done == run.steps or stopping:
+            with clock.paused():
+                _save(objective, optimiser, average, recipe, out, done, world, accelerator)
+        if stopping and done < run.steps:
+            say(f"stopped at step {done} of {run.steps}; the same command goes on from there")
+            break
+    stop.restore()
+    if done == run.steps:
+        with average.applied():
+            _export(objective, template, out, recipe, card, main)
+        if main:
+            learning_curves(out / "log.jsonl", out / "curves.png")
+    log.close()
+    accelerator.wait_for_everyone()
+    return out
+
+
+# -- setting up -----------------------------------------------------------------------------------------------------------
+
+
+def _distribute(objective: nn.Module, recipe: Recipe, accelerator) -> nn.Module:
+    """Wrap for several processes: DDP, or FSDP2 with the objective as one unit.
+
+    One unit, because ranks may run different subnets: sharding block by block would have them wait for each other's blocks.
+    """
+    if accelerator.num_processes == 1:
+        return objective
+    if recipe.run.parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        return fully_shard(objective, mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)))
+    return accelerator.prepare_model(objective)
+
+
+class _Average:
+    """The loop's exponential moving average of all trained parameters; does nothing at momentum 0."""
+
+    def __init__(self, objective: nn.Module, momentum: float):
+        self.momentum = momentum
+        self.current = {name: p for name, p in objective.named_parameters() if p.requires_grad} if momentum else {}
+        self.mean = {name: parameter.detach().clone() for name, parameter in self.current.items()}
+
+    def update(self) -> None:
+        if self.momentum:
+            lerp_parameters(self.mean.values(), self.current.values(), self.momentum)
+
+    @contextmanager
+    def applied(self):
+        """Averaged weights in place of the trained ones, for a while."""
+        trained = {name: parameter.detach().clone() for name, parameter in self.current.items()}
+        for name, parameter in self.current.items():
+            parameter.data.copy_(self.mean[name])
+        try:
+            yield
+        finally:
+            for name, parameter in self.current.items():
+                parameter.data.copy_(trained[name])
+
+
+def _resume(objective, optimiser, average, recipe: Recipe, out: Path, world: int, say) -> int:
+    """Put back the newest intact state; returns the step to go on from."""
+    found, problems = state.latest_state(out / "state")
+    for problem in problems:
+        say(problem)
+    if found is None:
+        if problems:
+            raise RunError(f"no state in {out / 'state'} is intact; remove the folder to start from scratch")
+        state.cut_log(out / "log.jsonl", 0)
+        return 0
+    here = environment(world)
+    for key, value in found.meta["environment"].items():
+        if here.get(key) != value:
+            say(f"resuming with {key} {here.get(key)}, the state was written with {value}: the result may differ in the last bits")
+    if (was := found.meta["recipe"]) != (now := json.loads(json.dumps(_essence(recipe)))):
+        changed = ", ".join(key for key in now if now[key] != was.get(key))
+        raise RunError(f"{out} holds a run with another recipe ({changed} differ); choose another --out, or repeat the old settings")
+    with torch.no_grad():
+        _load_into(objective.state_dict(), found.tensors("objective"))
+        if average.mean:
+            _load_into(average.mean, found.tensors("ema"))
+    optimiser.load_state_tensors(found.tensors("optimiser"))
+    state.cut_log(out / "log.jsonl", found.step)
+    if found.step < recipe.run.steps:
+        say(f"resuming at step {found.step} of {recipe.run.steps}")
+    return found.step
+
+
+def _essence(recipe: Recipe) -> dict:
+    """The part of a recipe that decides the result; the rest may change when a run is resumed."""
+    whole = asdict(recipe)
+    whole["run"] = {key: whole["run"][key] for key in ("steps", "batch", "seed", "accumulate", "precision")}
+    return whole
+
+
+def _load_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    if set(targets) != set(tensors):
+        odd = sorted(set(targets) ^ set(tensors))[0]
+        raise RunError(f"the state does not fit the model: {odd} stands on one side only; was the recipe changed?")
+    for name, target in targets.items():
+        value = tensors[name].to(target.device)
+        if hasattr(target, "placements"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value, target.device_mesh, target.placements)
+        target.copy_(value)
+
+
+def environment(world: int) -> dict[str, Any]:
+    """What a bit-for-bit resume depends on."""
+    import platform
+
+    return {
+        "processes": world,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+# -- preflight ------------------------------------------------------------------------------------------------------------
+
+
+def _preflight(objective, batches: Batches, accelerator, out: Path, run, say) -> None:
+    """Try what a run needs before it starts: a batch, a loss, a backward pass, a write, space. Leaves no trace.
+
+    Raises:
+        RunError: with one line per problem.
+    """
+    problems: list[str] = []
+    buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
+    try:
+        batch = batches[0, 0]
+        bad = batch.pop("bad")
+        if len(bad) > max(1, run.bad_share * run.batch):
+            problems.append(f"{len(bad)} of the first {run.batch} samples cannot be read, the first: {bad[0][0]}: {bad[0][1]}")
+        torch.manual_seed(derive(run.seed, "model", 0, collectives.rank(), 0))
+        objective.train()
+        with accelerator.autocast():
+            losses = objective(to_device(batch, accelerator.device), 0)
+        if not torch.isfinite(losses["loss"]):
+            problems.append("the first loss is not finite: " + ", ".join(f"{k} {float(v):.3g}" for k, v in losses.items()))
+        else:
+            losses["loss"].backward()
+    except torch.cuda.OutOfMemoryError:
+        problems.append(f"a batch of {run.batch} does not fit into the device's memory; lower --run.batch or raise --run.accumulate")
+    parameters = sum(p.numel() for p in objective.parameters())
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    need = 4 * (parameters + 2 * trained) * (run.keep + 1) + 8 * parameters
+    free = shutil.disk_usage(out).free
+    if free < need:
+        problems.append(f"{out} has {free / 2**20:.0f} MiB free, states and exports need about {need / 2**20:.0f} MiB")
+    try:
+        probe = out / f".write-{os.getpid()}"
+        probe.write_bytes(b"0")
+        probe.unlink()
+    except OSError as error:
+        problems.append(f"{out} cannot be written: {error}")
+    if (peak := _peak_memory()) and (total := _total_memory()) and peak > 0.9 * total:
+        problems.append(f"one step took {peak / 2**30:.1f} GiB of {total / 2**30:.1f} GiB of memory; lower --run.batch")
+    objective.zero_grad(set_to_none=True)
+    for name, buffer in objective.named_buffers():
+        buffer.copy_(buffers[name])
+    if problems:
+        raise RunError("preflight failed:\n" + "\n".join(problems))
+    say(
+        f"preflight passed: {parameters / 1e6:.2f} M parameters ({trained / 1e6:.2f} M trained), {len(batches.source)} samples, "
+        f"peak memory {peak / 2**20:.0f} MiB, states take about {need / 2**20:.0f} MiB"
+    )
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _total_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# -- while it runs --------------------------------------------------------------------------------------------------------
+
+
+class _StopSignal:
+    """SIGTERM, or the death of the launcher that started this process, asks for a stop at the end of the step."""
+
+    def __init__(self) -> None:
+        self.flag = False
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        try:
+            self.before = signal.signal(signal.SIGTERM, self._raise_flag)
+        except ValueError:  # not the main thread: whoever runs us handles signals
+            self.before = None
+
+    def _raise_flag(self, *_) -> None:
+        self.flag = True
+
+    def wanted(self) -> bool:
+        return self.flag or (self.launcher is not None and os.getppid() != self.launcher)
+
+    def restore(self) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+
+class _Clock:
+    """Samples per second and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.start, self.waited, self.samples = time.perf_counter(), 0.0, 0
+
+    def waiting(self, loader):
+        iterator = iter(loader)
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield item
+
+    def count(self, samples: int) -> None:
+        self.samples += samples
+
+    @contextmanager
+    def paused(self):
+        before = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - before
+
+    def rates(self) -> dict[str, float]:
+        elapsed = max(time.perf_counter() - self.start, 1e-9)
+        rates = {"samples_per_second": self.samples / elapsed, "data_wait": min(1.0, self.waited / elapsed)}
+        self.reset()
+        return rates
+
+
+class _Log:
+    """log.jsonl, accelerate's trackers and the line that a person reads."""
+
+    def __init__(self, out: Path, recipe: Recipe, accelerator, start: int):
+        self.path, self.accelerator, self.main = out / "log.jsonl", accelerator, accelerator.is_main_process
+        if recipe.run.trackers:
+            accelerator.init_trackers("tensorboard" if recipe.run.trackers == ("tensorboard",) else recipe.name)
+        self.begun, self.first = time.perf_counter(), start
+
+    def write(self, step: int, values: Mapping[str, float], steps: int, say) -> None:
+        if not self.main:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(dict(values), step=step)
+        if "samples_per_second" not in values:
+            say(f"step {step + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            return
+        left = (time.perf_counter() - self.begun) / max(1, step + 1 - self.first) * (steps - step - 1)
+        say(
+            f"step {step + 1}/{steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+            f"{values['samples_per_second']:.1f} samples/s  data wait {100 * values['data_wait']:.0f} %  "
+            f"{int(left // 60)}:{int(left % 60):02d} left"
+        )
+
+    def close(self) -> None:
+        self.accelerator.end_training()
+
+
+def _evaluate(objective, evaluators: Mapping[str, Evaluator], main: bool) -> dict[str, float]:
+    """Results of all evaluators on the exported module, on the first process; the others wait at the next collective."""
+    if not main:
+        return {}
+    results: dict[str, float] = {}
+    for name, evaluate in evaluators.items():
+        for exported, (module, _) in objective.exports().items():
+            training = module.training
+            module.eval()
+            results.update({f"{exported}_{name}_{key}": value for key, value in evaluate(module).items()})
+            module.train(training)
+    return results
+
+
+def _check_bad(bad: int, seen: int, share: float) -> None:
+    if seen >= 100 and bad > share * seen:
+        raise RunError(
+            f"{bad} of {seen} samples could not be read, more than the share of {share:g} that --run.bad-share allows; "
+            "the lines above name them"
+        )
+
+
+def _save_for_replay(out: Path, objective, batch, step: int, micro: int, rank: int, recipe: Recipe, values) -> None:
+    """Keep what is needed to run a step again, and stop.
+
+    Raises:
+        RunError: always.
+    """
+    from safetensors.torch import save_file
+
+    folder = out / f"not-finite-step-{step}-rank-{rank}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.cpu().contiguous() for name, value in batch.items() if isinstance(value, Tensor)}
+    save_file(tensors, folder / "batch.safetensors")
+    save_file({name: _full(t).detach().cpu().clone() for name, t in objective.state_dict().items()}, folder / "objective.safetensors")
+    shown = {name: float(_full(value)) for name, value in values.items()}
+    seed = derive(recipe.run.seed, "model", step, rank, micro)
+    state.write_json(folder / "meta.json", {"step": step, "micro": micro, "rank": rank, "seed": seed, "values": {k: str(v) for k, v in shown.items()}})
+    bad = ", ".join(name for name, value in shown.items() if not math.isfinite(value)) or "another process"
+    raise RunError(
+        f"step {step}: not finite: {bad}; batch, weights and seed are in {folder} "
+        "(okavango.pretrain.loop.replay runs it again); lower --optim.lr or look at the data"
+    )
+
+
+def replay(objective: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Run again the step that a run stopped at because something was not finite; returns its losses."""
+    from safetensors.torch import load_file
+
+    meta = json.loads((Path(folder) / "meta.json").read_text())
+    objective.load_state_dict(load_file(Path(folder) / "objective.safetensors"))
+    objective.train()
+    torch.manual_seed(meta["seed"])
+    return objective(load_file(Path(folder) / "batch.safetensors"), meta["step"])
+
+
+# -- saving ---------------------------------------------------------------------------------------------------------------
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _save(objective, optimiser, average, recipe, out: Path, done: int, world: int, accelerator) -> None:
+    parts = {"objective": objective.state_dict(), "optimiser": optimiser.state_tensors()}
+    if average.mean:
+        parts["ema"] = average.mean
+    # Sharded tensors are put together on every rank, the first writes.
+    parts = {part: {name: _full(tensor) for name, tensor in tensors.items()} for part, tensors in parts.items()}
+    failed = ""
+    if accelerator.is_main_process:
+        meta = {"environment": environment(world), "recipe": _essence(recipe)}
+        try:
+            state.save_state(out / "state", done, parts, meta, keep=recipe.run.keep)
+        except state.StateError as error:
+            failed = str(error)
+    if collectives.any_rank(bool(failed), accelerator.device):
+        raise RunError(failed or "the first process could not write the state")
+
+
+def _export(objective, template, out: Path, recipe: Recipe, card: dict, main: bool) -> None:
+    """Checkpoints of what was made: `export/` (one folder per export when there are several) and `export-full/`."""
+    tensors = {name: _full(tensor) for name, tensor in objective.state_dict().items()}
+    if not main:
+        return
+    if template is not None:
+        template.load_state_dict({name: tensor.cpu() for name, tensor in tensors.items()})
+        objective = template
+    exports = objective.exports()
+    common = {"recipe": recipe.name, "seed": recipe.run.seed, "steps": recipe.run.steps, "batch": recipe.run.batch, **card}
+    for name, (module, own) in exports.items():
+        folder = out / "export" if len(exports) == 1 else out / "export" / name
+        save_checkpoint(module, folder, card={**common, **own})
+    save_checkpoint(objective, out / "export-full", kind="objective", card=common, backbone_prefix=objective.backbone_prefix)
+
+
+def learning_curves(log: Path, picture: Path) -> None:
+    """Draw every logged quantity against the step, one panel each, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        step = entry.pop("step")
+        for name, value in entry.items():
+            series.setdefault(name, []).append((step, value))
+    columns = 3
+    rows = max(1, math.ceil(len(series) / columns))
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 2.4 * rows), squeeze=False, layout="constrained")
+    for axis, (name, points) in zip(axes.flat, series.items(), strict=False):
+        axis.plot(*zip(*points, strict=True), linewidth=1)
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(series) :]:
+        axis.set_visible(False)
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,198 @@
+"""Settings of runs as frozen dataclasses. Torch is not imported here, so that the command line can show them at once.
+
+Durations are fractions of the run, so that `--steps` alone makes a run shorter or longer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """Multi-crop augmentation (DINO, arXiv 2104.14294; DINOv2, arXiv 2304.07193)."""
+
+    global_size: int = 224
+    """side of the two global crops in pixels"""
+    local_size: int = 96
+    """side of the local crops in pixels"""
+    locals: int = 8
+    """local crops per picture"""
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    """area of a global crop over the area of the picture"""
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    """area of a local crop over the area of the picture"""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """aspect ratio of a crop before it is resized"""
+    flip: float = 0.5
+    """probability of a horizontal flip"""
+    jitter: tuple[float, float, float, float, float] = (0.8, 0.4, 0.4, 0.2, 0.1)
+    """colour jitter: probability, brightness, contrast, saturation, hue"""
+    grayscale: float = 0.2
+    """probability of grey pictures"""
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    """probability of Gaussian blur: first global, second global, locals; the released code of DINOv2 and POA really used 0.0 0.9 0.5"""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """standard deviation of the blur in pixels"""
+    solarize: float = 0.2
+    """probability of solarisation of the second global crop"""
+    recolour: float = 0.0
+    """probability of random foreground and background colours (for grey pictures)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW and its schedules."""
+
+    lr: float = 0.004
+    """peak learning rate at `lr_batch`"""
+    lr_scaling: Literal["sqrt", "linear", "none"] = "sqrt"
+    """how the peak follows the batch size (POA: sqrt in the code, linear in the paper)"""
+    lr_batch: int = 1024
+    """batch size that `lr` is meant for"""
+    lr_end: float = 2e-5
+    """learning rate at the end of the cosine"""
+    warmup: float = 10 / 346
+    """fraction of the run in which the learning rate rises from 0"""
+    stretch: float = 1.0
+    """cosines run over steps / stretch and are cut at the end of the run"""
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    """at the start and at the end of its cosine"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """decay of AdamW's running means"""
+    eps: float = 1e-8
+    """AdamW's epsilon"""
+    clip: float = 1.5
+    """greatest L2 norm of each clip group's gradient, 0 for none"""
+    ema: float = 0.0
+    """momentum of the loop's own average of all trained weights, 0 for none"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How the loop runs: everything that is not the model, the objective or the optimiser."""
+
+    steps: int = 10_000
+    """optimiser steps"""
+    batch: int = 64
+    """pictures per step, over all processes and accumulation"""
+    seed: int = 0
+    """everything random follows from it"""
+    accumulate: int = 1
+    """forward passes per optimiser step"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """arithmetic of the forward pass"""
+    workers: int = 2
+    """processes that load and augment, per training process; 0 loads in the training process"""
+    save_every: int = 500
+    """steps between states; the last step always saves one"""
+    keep: int = 2
+    """states that are kept"""
+    log_every: int = 10
+    """steps between lines of log.jsonl"""
+    eval_every: int = 0
+    """steps between evaluations during the run, 0 for none"""
+    bad_share: float = 0.01
+    """share of unreadable samples above which the run stops"""
+    activation_checkpointing: bool = False
+    """recompute activations of blocks in the backward pass"""
+    compile: bool = False
+    """torch.compile per block (of little use when the subnet changes each step)"""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """replicate, or shard parameters by FSDP2, when there are several processes"""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """accelerate's trackers: tensorboard, wandb ... ; none to switch off"""
+    threads: int = 0
+    """threads of torch, 0 leaves them as they are"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run, whole: what `okavango pretrain NAME` starts from and what recipe.json holds."""
+
+    name: str
+    """name of the recipe"""
+    data: str = ""
+    """folder of pictures, tar shards, samples/fashion ..."""
+    model: str = "elastic_vit_small"
+    """architecture"""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """arguments of the architecture"""
+    start: str = ""
+    """checkpoint whose weights the run starts from"""
+    optim: Optim = field(default_factory=Optim)
+    """optimiser"""
+    run: Annotated[Run, arg(name="")] = field(default_factory=Run)
+    """the loop"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class POASettings:
+    """Elastic self-distillation (POA, arXiv 2408.01031); with `elastic` off it is DINOv2: DINO + iBOT + KoLeo."""
+
+    elastic: bool = True
+    """train a random subnet beside the intact student; off is DINOv2"""
+    balance: float = 0.8
+    """lambda: share of the intact student in the loss"""
+    same_view: bool = True
+    """distil the intact student into the elastic one on the same crops"""
+    sampling_scale: float = 3.0
+    """how much likelier the smallest width and depth are drawn than the largest (the paper's 3; the code used 2 for Swin and ResNet)"""
+    shared_subnet: bool = False
+    """all processes train the same subnet at a step (needed by sharded blocks)"""
+    prototypes: tuple[int, ...] = (8192, 16384, 32768, 65536)
+    """outputs of each projection head"""
+    head_hidden: int = 2048
+    """hidden width of the projection heads"""
+    head_bottleneck: int = 256
+    """width before the prototypes"""
+    student_temperature: float = 0.1
+    """temperature of both students"""
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    """temperature of the teacher at the start and after its warm-up"""
+    teacher_temperature_warmup: float = 30 / 346
+    """fraction of the run until the teacher's final temperature"""
+    centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
+    """how the teacher's targets are balanced"""
+    momentum: tuple[float, float] = (0.992, 0.9999)
+    """momentum of the teacher at the start and at the end of its cosine"""
+    stretch: float = 1.0
+    """cosines run over steps / stretch and are cut at the end of the run (the code: 0.78 for ViT, 0.9 for Swin)"""
+    ibot: bool = True
+    """the masked patch loss"""
+    ibot_start: float = 30 / 346
+    """fraction of the run after which patches are masked (0 in DINOv2)"""
+    mask_probability: float = 0.5
+    """share of global crops that are masked"""
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """least and greatest share of hidden patches"""
+    koleo: float = 0.1
+    """weight of the KoLeo entropy term"""
+    pair_weights: Literal["pairs", "crops"] = "pairs"
+    """pairs: every student crop x teacher view counts the same (the code); crops: mean of globals + mean of locals (the paper's Eq. 8-10)"""
+    koleo_rule: Literal["mean", "sum"] = "mean"
+    """KoLeo over the two students: mean (the code) or sum (the paper)"""
+    layer_decay: float = 0.9
+    """factor on the learning rate from one block to the one before it"""
+    patch_embed_lr: float = 0.2
+    """factor on the learning rate of the patch embedding"""
+    last_layer_freeze: float = 1 / 346
+    """fraction of the run in which the prototypes stay as they are"""
+    crops: Crops = field(default_factory=Crops)
+
+    def build(self, backbone, classes, run):
+        """The objective for a backbone; `run` gives its length and seed."""
+        from okavango.pretrain.objectives.poa import POA
+
+        return POA(backbone, self, steps=run.steps, seed=run.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRecipe(Recipe):
+    """A recipe of self-distillation."""
+
+    objective: POASettings = field(default_factory=POASettings)
+    """settings of the objective"""

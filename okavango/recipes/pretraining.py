@@ -1,0 +1,145 @@
+"""Named pretraining recipes. Each is a function without arguments; derive your own by calling one and replacing fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from okavango.pretrain.settings import Crops, Optim, POASettings, PretrainRecipe, Run
+
+
+def poa_vit_large() -> PretrainRecipe:
+    """The published run: ViT-S to ViT-L from one supernet, batch 1600, 276,800 steps, cosines stretched by 0.78.
+
+    The blur probabilities are the nominal ones; the released code used 0.0 0.9 0.5 (see `Crops.blur`).
+    """
+    return PretrainRecipe(
+        name="poa_vit_large",
+        model="elastic_vit_large",
+        model_args={"drop_path": 0.2},
+        objective=POASettings(stretch=0.78),
+        optim=Optim(stretch=0.78),
+        run=Run(steps=276_800, batch=1600, precision="bf16", save_every=2000, activation_checkpointing=True, workers=8),
+    )
+
+
+def poa_vit_base() -> PretrainRecipe:
+    """Widths 384..768 and depths 8..12, up to ViT-B/16."""
+    recipe = poa_vit_large()
+    return replace(recipe, name="poa_vit_base", model="elastic_vit_base", run=replace(recipe.run, batch=1024))
+
+
+def poa_vit_small() -> PretrainRecipe:
+    """Widths 192..384 and depths 6..12, up to ViT-S/16: for one workstation and a folder of pictures of your own."""
+    return PretrainRecipe(
+        name="poa_vit_small",
+        model="elastic_vit_small",
+        model_args={"drop_path": 0.1},
+        objective=POASettings(prototypes=(2048, 4096, 8192, 16384)),
+        optim=Optim(lr_end=1e-6),
+        run=Run(steps=100_000, batch=256, save_every=1000, workers=4),
+    )
+
+
+def _as_dinov2(recipe: PretrainRecipe, name: str, prototypes: int) -> PretrainRecipe:
+    objective = replace(
+        recipe.objective, elastic=False, prototypes=(prototypes,), ibot_start=0.0, momentum=(0.992, 1.0), stretch=1.0
+    )
+    return replace(recipe, name=name, objective=objective, optim=replace(recipe.optim, stretch=1.0, clip=3.0, lr_end=1e-6))
+
+
+def dinov2_vit_large() -> PretrainRecipe:
+    """DINOv2's short ViT-L/16 recipe, on the intact network: one head, patches masked from the start."""
+    return _as_dinov2(poa_vit_large(), "dinov2_vit_large", 65536)
+
+
+def dinov2_vit_base() -> PretrainRecipe:
+    """DINOv2 on ViT-B/16."""
+    return _as_dinov2(poa_vit_base(), "dinov2_vit_base", 65536)
+
+
+def dinov2_vit_small() -> PretrainRecipe:
+    """DINOv2 on ViT-S/16."""
+    return _as_dinov2(poa_vit_small(), "dinov2_vit_small", 16384)
+
+
+def poa_fashion() -> PretrainRecipe:
+    """The elastic tiny ViT on the 10,000 Fashion-MNIST pictures that ship in the package.
+
+    Pictures are 28 pixels wide and grey, so the crops are small and colour is made up: random foreground and background colours.
+    """
+    return PretrainRecipe(
+        name="poa_fashion",
+        data="samples/fashion",
+        model="elastic_vit_tiny",
+        objective=POASettings(
+            prototypes=(256, 512, 1024, 2048),
+            head_hidden=256,
+            head_bottleneck=64,
+            momentum=(0.99, 0.9999),
+            teacher_temperature_warmup=0.1,
+            ibot_start=0.1,
+            last_layer_freeze=0.01,
+            layer_decay=0.95,
+            crops=Crops(
+                global_size=28,
+                local_size=14,
+                locals=4,
+                global_scale=(0.4, 1.0),
+                local_scale=(0.1, 0.4),
+                blur=(0.2, 0.1, 0.1),
+                blur_sigma=(0.1, 1.0),
+                solarize=0.2,
+                jitter=(0.8, 0.4, 0.4, 0.2, 0.1),
+                grayscale=0.2,
+                recolour=0.5,
+            ),
+        ),
+        optim=Optim(lr=0.002, lr_batch=256, lr_end=1e-5, warmup=0.05, clip=3.0),
+        run=Run(steps=1500, batch=128, save_every=500, workers=1, trackers=()),
+    )
+
+
+def dinov2_fashion() -> PretrainRecipe:
+    """The same without the elastic branch."""
+    return _as_dinov2(poa_fashion(), "dinov2_fashion", 2048)
+
+
+def poa_tiny() -> PretrainRecipe:
+    """Seconds on one core: for tests and for trying the machinery."""
+    recipe = poa_fashion()
+    return replace(
+        recipe,
+        name="poa_tiny",
+        model_args={"min_width": 32, "max_width": 64, "width_step": 32, "min_depth": 1, "max_depth": 2, "patch_size": 7},
+        objective=replace(
+            recipe.objective,
+            prototypes=(32, 48),
+            head_hidden=32,
+            head_bottleneck=16,
+            crops=replace(recipe.objective.crops, locals=2, local_size=14),
+        ),
+        run=Run(steps=20, batch=16, save_every=5, workers=1, log_every=1, trackers=()),
+    )
+
+
+def dinov2_tiny() -> PretrainRecipe:
+    """`poa_tiny` without the elastic branch."""
+    return _as_dinov2(poa_tiny(), "dinov2_tiny", 48)
+
+
+RECIPES: dict[str, Callable[[], PretrainRecipe]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        poa_tiny,
+        poa_fashion,
+        poa_vit_small,
+        poa_vit_base,
+        poa_vit_large,
+        dinov2_tiny,
+        dinov2_fashion,
+        dinov2_vit_small,
+        dinov2_vit_base,
+        dinov2_vit_large,
+    )
+}

@@ -1,0 +1,375 @@
+"""What users call: `pretrain`, `finetune`, `evaluate`, `embed`, `predict`. They assemble the parts; nothing knows them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from okavango.data.loading import derive
+from okavango.data.sources import ImageFolder, Source, open_source
+from okavango.downstream.classification.features import Embedded, extract_features, raw_pixels
+from okavango.downstream.classification.head import Classifier
+from okavango.downstream.classification.protocols import evaluate_features, resolve
+from okavango.models.backbone import Backbone, create_model, unknown_name
+from okavango.models.features import Subnet
+from okavango.pretrain import loop
+from okavango.pretrain.settings import Recipe
+from okavango.recipes import named
+from okavango.zoo.checkpoint import file_sha256, load_weights
+from okavango.zoo.hub import load, resolve as resolve_checkpoint
+from okavango.zoo.leaderboard.records import Record, bootstrap, environment, now, write_record
+
+Say = Callable[[str], None]
+
+
+def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """A copy of a recipe with some fields changed.
+
+    Args:
+        changes: field -> value; nested fields are written with dots (``{"optim.lr": 1e-3}``), those of the loop without
+            (``{"steps": 100}``).
+    Raises:
+        ValueError: unknown field; the message offers the nearest.
+    """
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        fields = {field.name for field in dataclasses.fields(recipe)}
+        loop_fields = {field.name for field in dataclasses.fields(recipe.run)} if isinstance(recipe, Recipe) else set()
+        if head in fields:
+            new = override(getattr(recipe, head), {rest: value}) if rest else value
+            recipe = dataclasses.replace(recipe, **{head: new})
+        elif not rest and head in loop_fields:
+            recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, **{head: value}))
+        else:
+            raise ValueError(unknown_name("setting", name, sorted(fields | loop_fields)))
+    return recipe
+
+
+def pretrain(recipe: str | Recipe, *, data: str | Source | None = None, out: str | os.PathLike, say: Say = print, **changes: Any) -> Path:
+    """Pretrain a backbone, or go on with the run that `out` holds.
+
+    Args:
+        recipe: a name of `okavango.recipes.RECIPES`, or a recipe.
+        data: folder of pictures (nested or flat), tar shards, ``samples/fashion`` or a `Source`; None takes the recipe's.
+        out: run folder.
+        say: receives lines of progress.
+        **changes: see `override`; dots are written as ``**{"optim.lr": 1e-3}``.
+    Returns:
+        The run folder; `export/` in it holds the checkpoint.
+    """
+    recipe = named(recipe, "pretrain") if isinstance(recipe, str) else recipe
+    return _run(override(recipe, changes), data, Path(out), say)
+
+
+def finetune(recipe: str | Recipe, *, data: str | Source | None = None, out: str | os.PathLike, say: Say = print, **changes: Any) -> Path:
+    """Fine-tune a checkpoint (`start=...`) for a task on your own data; otherwise as `pretrain`."""
+    recipe = named(recipe, "finetune") if isinstance(recipe, str) else recipe
+    return _run(override(recipe, changes), data, Path(out), say)
+
+
+def _run(recipe: Recipe, data: str | Source | None, out: Path, say: Say) -> Path:
+    if data is None and not recipe.data:
+        raise ValueError(f"recipe {recipe.name} has no data of its own; give --data FOLDER")
+    if recipe.run.steps < 1 or recipe.run.batch < 1:
+        raise ValueError(f"steps {recipe.run.steps} and batch {recipe.run.batch}: both must be at least 1")
+    accelerator = loop.make_accelerator(recipe, out)
+    source = training_part(data if data is not None else recipe.data)
+    if isinstance(data, str):
+        recipe = dataclasses.replace(recipe, data=data)
+    torch.manual_seed(derive(recipe.run.seed, "initial weights"))
+    backbone = starting_backbone(recipe)
+    if recipe.run.activation_checkpointing:
+        backbone.activation_checkpointing = True
+    objective = recipe.objective.build(backbone, tuple(source.classes), recipe.run)
+    if recipe.run.compile:
+        for block in getattr(backbone, "blocks", []):
+            block.compile()
+    card = {"data": source.name, "data_sha256": source.digest, "samples": len(source), "command": command_line()}
+    return loop.train(
+        objective,
+        source,
+        recipe,
+        out,
+        preprocess=backbone.preprocess,
+        accelerator=accelerator,
+        evaluators={"knn": OnlineKnn(source, recipe.run.seed)} if recipe.run.eval_every and source.labels is not None else {},
+        card=card,
+        say=say,
+    )
+
+
+def starting_backbone(recipe: Recipe) -> Backbone:
+    """The recipe's architecture with fresh weights, or those of the checkpoint it starts from."""
+    if not recipe.start:
+        return create_model(recipe.model, **recipe.model_args)
+    found = load(recipe.start)
+    if not recipe.model:
+        return found.requires_grad_(True)
+    backbone = create_model(recipe.model, **recipe.model_args)
+    load_weights(backbone, found.state_dict())
+    backbone.preprocess = found.preprocess
+    return backbone
+
+
+class OnlineKnn:
+    """k-NN accuracy during a run: every fifth of at most `limit` labelled training samples asks the others."""
+
+    def __init__(self, source: Source, seed: int, limit: int = 2500):
+        order = np.random.Generator(np.random.Philox(seed)).permutation(len(source))[:limit]
+        self.queries, self.bank = Part(source, order[::5]), Part(source, np.delete(order, np.s_[::5]))
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        bank, queries = (extract_features(model, part) for part in (self.bank, self.queries))
+        return {"accuracy": evaluate_features(bank, queries, "knn/v1").value}
+
+
+class Part:
+    """Some samples of a source."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source, self.indices = source, [int(i) for i in indices]
+        self.classes, self.name = source.classes, f"{source.name}[{len(self.indices)}]"
+        self.labels = None if source.labels is None else np.asarray(source.labels)[self.indices]
+
+    @property
+    def digest(self) -> str:
+        """Follows from the whole source's and the indices."""
+        return f"{derive(self.source.digest, *self.indices):016x}"
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source[self.indices[index]]
+
+
+# -- data in two parts ------------------------------------------------------------------------------------------------------
+
+
+def training_part(data: str | Source) -> Source:
+    """The source itself, or its `train` folder where there is one."""
+    if isinstance(data, str) and Path(data).is_dir() and (Path(data) / "train").is_dir():
+        return open_source(str(Path(data) / "train"))
+    return open_source(data)
+
+
+def train_and_test(data: str | Source, train: str | Source | None = None) -> tuple[Source, Source]:
+    """Training and test part: two sources given, or a folder with `train` and `test` (or `val`), or a shipped sample.
+
+    Raises:
+        ValueError: only one part can be found.
+    """
+    if train is not None:
+        return open_source(train), open_source(data)
+    if isinstance(data, str):
+        if data == "samples/fashion" or data.startswith("samples/fashion:"):
+            return open_source("samples/fashion:train"), open_source("samples/fashion:test" if data == "samples/fashion" else data)
+        for name in ("test", "val", "valid", "validation"):
+            if (Path(data) / name).is_dir() and (Path(data) / "train").is_dir():
+                return ImageFolder(Path(data) / "train"), ImageFolder(Path(data) / name)
+    raise ValueError(f"{data}: needs a training and a test part: a folder with train/ and test/ in it, or give --train as well")
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    checkpoint: str | Backbone,
+    *,
+    data: str | Source,
+    train: str | Source | None = None,
+    protocol: str | Sequence[str] = "knn",
+    subnets: Sequence[str] | str = (),
+    out: str | os.PathLike | None = None,
+    seed: int = 0,
+    batch: int = 256,
+    say: Say = print,
+) -> list[Record]:
+    """Measure a frozen backbone.
+
+    Args:
+        checkpoint: anything `ok.load` takes, a backbone, or "raw-pixels" for the baseline that knows nothing.
+        data: the test part, or both parts; see `train_and_test`. train: the training part.
+        protocol: "knn", "logistic" or "linear", or several.
+        subnets: names such as "w64_d2", or "all", of an elastic backbone; none means the model as it is.
+        out: file of records to append to.
+    Returns:
+        One record per subnet and protocol.
+    """
+    protocols = [resolve(name) for name in ([protocol] if isinstance(protocol, str) else protocol)]
+    train_source, test_source = train_and_test(data, train)
+    if train_source.labels is None or test_source.labels is None:
+        raise ValueError("evaluation needs labels: pictures in one sub-folder per class, or shards with .cls members")
+    if tuple(train_source.classes) != tuple(test_source.classes):
+        raise ValueError(f"training part has {len(train_source.classes)} classes and the test part others ({len(test_source.classes)})")
+    records = []
+
+    def measure(name: str, subnet: str, embed: Callable[[Source], Embedded], facts: dict[str, Any]) -> None:
+        bank, queries = embed(train_source), embed(test_source)
+        for wanted in protocols:
+            record = measured(
+                bank,
+                queries,
+                wanted,
+                seed=seed,
+                model=name,
+                subnet=subnet,
+                dataset=test_source.name,
+                train_manifest_sha256=train_source.digest,
+                test_manifest_sha256=test_source.digest,
+                **facts,
+            )
+            say(f"{name} {subnet} {wanted}: {record.value:.4f} [{record.interval[0]:.4f}, {record.interval[1]:.4f}], n {record.n}")
+            if out is not None:
+                write_record(out, record)
+            records.append(record)
+
+    if checkpoint == "raw-pixels":
+        size = tuple(test_source[0]["image"].shape[-2:])
+        measure("raw-pixels", "", lambda source: raw_pixels(source, size), {"baseline": "raw pixels"})
+        return records
+    if isinstance(checkpoint, str):
+        folder = resolve_checkpoint(checkpoint)
+        model, name, sha256 = load(checkpoint), checkpoint, file_sha256(folder / "model.safetensors")
+    else:
+        model, name, sha256 = checkpoint, checkpoint.architecture, ""
+    for subnet in chosen_subnets(model, subnets):
+        sized = model if subnet is None else model.extract(subnet)
+        facts = {"weights_sha256": sha256, "parameters": sum(p.numel() for p in sized.parameters()), "latency_ms": latency(sized)}
+        measure(name, str(subnet or ""), lambda source, sized=sized: extract_features(sized, source, batch=batch), facts)
+    return records
+
+
+def measured(bank: Embedded, queries: Embedded, protocol: str, *, seed: int, **facts: Any) -> Record:
+    """One record: a protocol on embedded data, with its bootstrap interval."""
+    outcome = evaluate_features(bank, queries, protocol, seed)
+    versions, hardware = environment()
+    return Record(
+        protocol=protocol,
+        metric=outcome.metric,
+        value=outcome.value,
+        interval=bootstrap(outcome.correct, seed),
+        n=len(outcome.correct),
+        seed=seed,
+        settings=outcome.settings,
+        versions=versions,
+        hardware=hardware,
+        command=command_line(),
+        created=now(),
+        **facts,
+    )
+
+
+def chosen_subnets(model: Backbone, wanted: Sequence[str] | str) -> list[Subnet | None]:
+    """Subnets by name, "all", or [None] for the model as it is.
+
+    Raises:
+        ValueError: the model is not elastic, or has no such subnet.
+    """
+    if not wanted:
+        return [None]
+    if not hasattr(model, "list_subnets"):
+        raise ValueError(f"{model.architecture} is not elastic: it has no subnets to choose from")
+    if wanted in ("all", ["all"], ("all",)):
+        return list(model.list_subnets())
+    return [model.check_subnet(Subnet.parse(name)) for name in ([wanted] if isinstance(wanted, str) else wanted)]
+
+
+@torch.inference_mode()
+def latency(model: Backbone, batch: int = 1, repeats: int = 15) -> float:
+    """Median milliseconds of a forward pass on zeros of the trained input size, on this machine with torch's threads."""
+    import time
+
+    spec = model.preprocess["image"]
+    images = torch.zeros(batch, len(spec.channels), *spec.size)
+    times = []
+    for _ in range(3 + repeats):
+        start = time.perf_counter()
+        model(image=images)
+        times.append(1000 * (time.perf_counter() - start))
+    return sorted(times[3:])[repeats // 2]
+
+
+def embed(
+    checkpoint: str | Backbone,
+    data: str | Source,
+    out: str | os.PathLike,
+    *,
+    subnet: str = "",
+    batch: int = 256,
+    workers: int = 0,
+    say: Say = print,
+) -> Path:
+    """Write one row per picture, ``id``, ``label`` (null where unknown) and ``embedding`` (float32 list), as Parquet.
+
+    The file's metadata name the model and the source. The file appears only when it is complete.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    out = Path(out)
+    if out.suffix != ".parquet":
+        raise ValueError(f"--out {out}: expected a name that ends in .parquet")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    source = open_source(data)
+    model = load(checkpoint) if isinstance(checkpoint, str) else checkpoint
+    (chosen,) = chosen_subnets(model, [subnet] if subnet else [])
+    embedded = extract_features(model, source, subnet=chosen, batch=batch, workers=workers)
+    for name, reason in embedded.bad:
+        say(f"left out {name}: {reason}")
+    labels = None if embedded.labels is None else [int(label) for label in embedded.labels]
+    table = pa.table(
+        {
+            "id": pa.array(embedded.ids, pa.string()),
+            "label": pa.array(labels if labels is not None else [None] * len(embedded), pa.int64()),
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embedded.features.reshape(-1)), embedded.features.shape[1]),
+        }
+    ).replace_schema_metadata(
+        {"model": checkpoint if isinstance(checkpoint, str) else model.architecture, "subnet": subnet, "source_sha256": source.digest}
+    )
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        parquet.write_table(table, aside)
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)
+    say(f"{len(embedded)} embeddings of {embedded.features.shape[1]} numbers are in {out}")
+    return out
+
+
+def predict(checkpoint: str, data: str | Source, *, top: int = 1, batch: int = 256, say: Say = print) -> list[tuple[str, list]]:
+    """Classes of pictures by a fine-tuned checkpoint: (id, [(class, probability), ...] best first)."""
+    model = load(checkpoint, heads=HEADS)
+    if not isinstance(model, Classifier):
+        raise ValueError(f"{checkpoint} holds no classifier; fine-tune one with `okavango finetune`")
+    source, results = open_source(data), []
+    for start in range(0, len(source), batch):
+        samples = [source[i] for i in range(start, min(start + batch, len(source)))]
+        probabilities = model.predict(model.preprocess(image=[sample["image"] for sample in samples]))
+        values, classes = probabilities.topk(min(top, probabilities.shape[1]))
+        for sample, row, picks in zip(samples, values.tolist(), classes.tolist(), strict=True):
+            best = [(model.classes[k], p) for k, p in zip(picks, row, strict=True)]
+            say(f"{sample['id']}\t" + "\t".join(f"{name} {p:.3f}" for name, p in best))
+            results.append((sample["id"], best))
+    return results
+
+
+HEADS: dict[str, Callable[[Backbone, dict], nn.Module]] = {
+    "okavango.downstream.classification.head:Classifier": lambda backbone, arguments: Classifier(backbone, **arguments)
+}
+
+
+def command_line() -> str:
+    """The command that is running, as it would be typed."""
+    program = Path(sys.argv[0]).name if sys.argv else "python"
+    return shlex.join([{"__main__.py": "okavango"}.get(program, program), *sys.argv[1:]])
