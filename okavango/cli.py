@@ -104,7 +104,11 @@ def explain(checkpoint: Positional[str], data: Positional[str], out: Path, subne
     model, source = load(checkpoint), open_source(data)
     (chosen,) = verbs.chosen_subnets(model, [subnet] if subnet else [])
     images = [source[i]["image"] for i in range(0, len(source), max(1, len(source) // count))][:count]
-    pictures.save_grid(model, images, out, layer=layer, subnet=chosen)
+    batch = pictures.as_batch(model, images)
+    heads = pictures.attention(model, batch, layer=layer, subnet=chosen, class_maps=True)
+    columns = {"picture": pictures.pictures(model, batch), "patch features": pictures.pca(model, batch, subnet=chosen)}
+    columns |= {f"attention, head {head}": heads[:, head] for head in range(heads.shape[1])}
+    pictures.save_grid(out, columns)
     say(f"{len(images)} pictures are in {out}")
 
 

@@ -43,7 +43,8 @@ def check_backbone(
     """Check all that the library promises of a backbone.
 
     Args:
-        build: returns a new backbone, registered as an architecture (so that a checkpoint can rebuild it); or a name for `create_model`.
+        build: returns a new backbone whose architecture is registered (so that a checkpoint can rebuild it); or a name for
+            `create_model`.
         batch: samples, at least 2.
         sizes: modality -> sizes of the input in pixels or voxels, where the preprocess's own are too large for a test.
         export: also export to `torch.export` and ONNX and run both (slow); always at the preprocess's own size.
@@ -105,12 +106,17 @@ def check_declarations(model: Backbone) -> None:
     """The attributes are there and agree with each other; the preprocess survives pickle and JSON."""
     who = type(model).__name__
     for name in ("architecture", "arguments", "preprocess", "feature_info"):
-        _expect(hasattr(model, name), f"{who}: has no attribute {name!r}; `create_model` sets architecture and arguments, the class the rest")
+        _expect(
+            hasattr(model, name),
+            f"{who}: has no attribute {name!r}; `create_model` sets architecture and arguments, the class the rest",
+        )
     info, preprocess = model.feature_info, model.preprocess
     _expect(len(preprocess) > 0, f"{who}: preprocess names no modality")
     for field in ("layer_channels", "strides"):
         count = len(getattr(info, field))
-        _expect(count == info.layers, f"{who}: feature_info.{field} has {count} entries; expected one for each of {info.layers} layers")
+        _expect(
+            count == info.layers, f"{who}: feature_info.{field} has {count} entries; expected one for each of {info.layers} layers"
+        )
     _expect(pickle.loads(pickle.dumps(preprocess)) == preprocess, f"{who}: preprocess changes when it is pickled")
     _expect(type(preprocess).from_json(preprocess.to_json()) == preprocess, f"{who}: preprocess changes when it goes through JSON")
     known = {name for name, _ in model.named_parameters()}
@@ -133,28 +139,33 @@ def check_shapes(model: Backbone, inputs: Mapping[str, Any]) -> None:
     prefix = 0 if features.prefix is None else features.prefix.shape[1]
     _expect(prefix == info.prefix or not features.tokens, f"{who}: {prefix} prefix tokens; feature_info.prefix says {info.prefix}")
     _expect(features.prefix is None or prefix > 0, f"{who}: prefix is an empty tensor; expected None")
-    _expect(set(features.grid) <= set(features.tokens), f"{who}: grid names {sorted(features.grid)}, tokens {sorted(features.tokens)}")
+    _expect(
+        set(features.grid) <= set(features.tokens), f"{who}: grid names {sorted(features.grid)}, tokens {sorted(features.tokens)}"
+    )
     for modality, tokens in features.tokens.items():
         _expect(modality in model.preprocess, f"{who}: tokens of {modality!r}, which is not among its modalities")
-        _expect(tokens.ndim == 3 and len(tokens) == batch, f"{who}: tokens[{modality!r}] is {list(tokens.shape)}; expected (B, N, D)")
+        _expect(
+            tokens.ndim == 3 and len(tokens) == batch, f"{who}: tokens[{modality!r}] is {list(tokens.shape)}; expected (B, N, D)"
+        )
         if modality in features.grid:
             cells = math.prod(features.grid[modality])
             _expect(
                 cells == tokens.shape[1],
                 f"{who}: grid[{modality!r}] is {features.grid[modality]}, {cells} cells, but there are {tokens.shape[1]} tokens",
             )
-    _expect(
-        (features.maps is None) == (features.strides is None), f"{who}: maps and strides must both be given or both be None"
-    )
+    _expect((features.maps is None) == (features.strides is None), f"{who}: maps and strides must both be given or both be None")
     if features.maps is not None and features.strides is not None:
-        _expect(len(features.maps) == len(features.strides), f"{who}: {len(features.maps)} maps, but {len(features.strides)} strides")
+        _expect(
+            len(features.maps) == len(features.strides), f"{who}: {len(features.maps)} maps, but {len(features.strides)} strides"
+        )
         _expect(list(features.strides) == sorted(features.strides), f"{who}: strides {features.strides} are not fine to coarse")
         sides = next(value.shape[2:] for value in inputs.values() if isinstance(value, Tensor))
         for feature_map, stride in zip(features.maps, features.strides, strict=True):
             _expect(feature_map.ndim >= 4, f"{who}: a map is {list(feature_map.shape)}; expected channels first, (B, C, H, W)")
             for side, cells in zip(sides, feature_map.shape[2:], strict=True):
                 _expect(
-                    abs(cells - side / stride) < 1, f"{who}: the map of stride {stride} has {cells} cells along a side of {side} pixels"
+                    abs(cells - side / stride) < 1,
+                    f"{who}: the map of stride {stride} has {cells} cells along a side of {side} pixels",
                 )
     for path, leaf in _leaves(features):
         _expect(bool(torch.isfinite(leaf).all()), f"{who}: {path} has values that are not finite")
@@ -197,7 +208,10 @@ def check_layers(model: Backbone, inputs: Mapping[str, Any]) -> None:
     for (path, a), (_, b) in zip(_leaves(plain), _leaves(_without_layers(features)), strict=True):
         _expect(torch.equal(a, b), f"{who}: {path} changes when layers are asked for")
     for index in (info.layers, -info.layers - 1):
-        _raises(lambda index=index: model(inputs, layers=(index,)), f"{who}: layers=({index},) must raise ValueError (resolve_layers does)")
+        _raises(
+            lambda index=index: model(inputs, layers=(index,)),
+            f"{who}: layers=({index},) must raise ValueError (resolve_layers does)",
+        )
 
 
 def check_unknown_modality(model: Backbone) -> None:
@@ -220,7 +234,9 @@ def check_backward(model: Backbone, inputs: Mapping[str, Any]) -> None:
         if not parameter.requires_grad:
             _expect(parameter.grad is None, f"{who}: {name!r} is frozen, but has a gradient")
         elif name not in optional:
-            _expect(parameter.grad is not None, f"{who}: {name!r} has no gradient; use it, freeze it or list it in optional_parameters")
+            _expect(
+                parameter.grad is not None, f"{who}: {name!r} has no gradient; use it, freeze it or list it in optional_parameters"
+            )
             _expect(bool(torch.isfinite(parameter.grad).all()), f"{who}: the gradient of {name!r} is not finite")
 
 
@@ -240,7 +256,9 @@ def check_subnets(model: Backbone, inputs: Mapping[str, Any]) -> None:
         for (path, a), (_, b) in zip(_leaves(sliced), _leaves(extracted(inputs)), strict=True):
             _close(a, b, f"{who}: {path} of subnet {subnet} differs from that of the extracted model")
         own = {parameter.data_ptr() for parameter in model.parameters()}
-        _expect(not own & {p.data_ptr() for p in extracted.parameters()}, f"{who}: extract({subnet}) shares weights with the supernet")
+        _expect(
+            not own & {p.data_ptr() for p in extracted.parameters()}, f"{who}: extract({subnet}) shares weights with the supernet"
+        )
     intact = model(inputs)
     for (path, a), (_, b) in zip(_leaves(intact), _leaves(model(inputs, subnet=ordered[-1])), strict=True):
         _expect(torch.equal(a, b), f"{who}: {path} of the largest subnet {ordered[-1]} differs from that of the intact network")
@@ -250,11 +268,13 @@ def check_subnets(model: Backbone, inputs: Mapping[str, Any]) -> None:
 def check_checkpoint(model: Backbone, inputs: Mapping[str, Any], folder: Path) -> None:
     """Saved and loaded again, the model gives the same output bit for bit and keeps its preprocess."""
     who = type(model).__name__
-    save_checkpoint(model, folder)
     try:
+        save_checkpoint(model, folder)
         loaded, _ = load_checkpoint(folder)
     except Exception as error:
-        message = f"{who}: its checkpoint cannot be loaded: {error}; check `architecture`, `arguments` and the registration"
+        message = (
+            f"{who}: its checkpoint cannot be written and loaded: {error}; check `architecture`, `arguments` and the registration"
+        )
         raise AssertionError(message) from error
     _expect(loaded.preprocess == model.preprocess, f"{who}: the preprocess changed in the checkpoint")
     for (path, a), (_, b) in zip(_leaves(model(inputs)), _leaves(loaded(inputs)), strict=True):
@@ -350,7 +370,10 @@ def check_groups(objective: nn.Module) -> None:
         _expect(len(seen) == len(names), f"{who}: {what}() lists a parameter that is frozen or not the objective's own")
     for group in groups:
         for name, parameter in group["params"]:
-            _expect(names.get(id(parameter)) == name, f"{who}: param_groups() calls a parameter {name!r}; it is {names.get(id(parameter))!r}")
+            _expect(
+                names.get(id(parameter)) == name,
+                f"{who}: param_groups() calls a parameter {name!r}; it is {names.get(id(parameter))!r}",
+            )
         for factor in ("lr_mult", "wd_mult"):
             _expect(group.get(factor, 1.0) >= 0, f"{who}: param_groups() has {factor} {group.get(factor)}; expected 0 or more")
 
@@ -421,8 +444,10 @@ def _same(a: Any, b: Any) -> bool:
     left, right = _pytree.tree_flatten(a), _pytree.tree_flatten(b)
     if left[1] != right[1]:
         return False
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else bool((x == y) if not hasattr(x, "all") else (x == y).all())
-               for x, y in zip(left[0], right[0], strict=True))
+    return all(
+        torch.equal(x, y) if isinstance(x, Tensor) else bool((x == y) if not hasattr(x, "all") else (x == y).all())
+        for x, y in zip(left[0], right[0], strict=True)
+    )
 
 
 def _batch(inputs: Mapping[str, Any]) -> int:

@@ -26,7 +26,7 @@ from okavango.pretrain.settings import Recipe
 from okavango.recipes import named
 from okavango.zoo.checkpoint import file_sha256, load_weights
 from okavango.zoo.hub import load, resolve as resolve_checkpoint
-from okavango.zoo.leaderboard.records import Record, bootstrap, environment, now, write_record
+from okavango.zoo.leaderboard.records import Record, bootstrap, environment, now, read_records, write_record
 
 Say = Callable[[str], None]
 
@@ -249,6 +249,47 @@ def evaluate(
     return records
 
 
+def run_leaderboard(
+    checkpoints: Sequence[str],
+    *,
+    data: str | Source,
+    train: str | Source | None = None,
+    protocols: Sequence[str] = ("knn", "logistic"),
+    out: str | os.PathLike,
+    seed: int = 0,
+    say: Say = print,
+) -> list[Record]:
+    """Measure several checkpoints; rows that the file of records has already (same weights, subnet, data, protocol, seed) are kept.
+
+    Args:
+        checkpoints: as for `evaluate`; ``NAME@w64_d2`` or ``NAME@all`` takes subnets.
+    Returns:
+        The new records.
+    """
+    known = {_row(record) for record in read_records(out)} if Path(out).exists() else set()
+    test_source = train_and_test(data, train)[1]
+    new: list[Record] = []
+    for checkpoint in checkpoints:
+        name, _, subnets = checkpoint.partition("@")
+        wanted: list[Subnet | None] = [None]
+        sha256 = ""
+        if name != "raw-pixels":
+            sha256 = file_sha256(resolve_checkpoint(name) / "model.safetensors")
+            wanted = chosen_subnets(load(name), subnets.split(",") if subnets else [])
+        for subnet in wanted:
+            left = [p for p in map(resolve, protocols) if (sha256, str(subnet or ""), test_source.digest, p, seed) not in known]
+            if left:
+                names = [str(subnet)] if subnet else []
+                new += evaluate(name, data=data, train=train, protocol=left, subnets=names, out=out, seed=seed, say=say)
+            else:
+                say(f"{name} {subnet or ''}: measured already")
+    return new
+
+
+def _row(record: Record) -> tuple:
+    return (record.weights_sha256, record.subnet, record.test_manifest_sha256, record.protocol, record.seed)
+
+
 def measured(bank: Embedded, queries: Embedded, protocol: str, *, seed: int, **facts: Any) -> Record:
     """One record: a protocol on embedded data, with its bootstrap interval."""
     outcome = evaluate_features(bank, queries, protocol, seed)
@@ -365,7 +406,7 @@ def predict(checkpoint: str, data: str | Source, *, top: int = 1, batch: int = 2
 
 
 HEADS: dict[str, Callable[[Backbone, dict], nn.Module]] = {
-    "okavango.downstream.classification.head:Classifier": lambda backbone, arguments: Classifier(backbone, **arguments)
+    Classifier.entry: lambda backbone, arguments: Classifier(backbone, **arguments)
 }
 
 

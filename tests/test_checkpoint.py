@@ -339,7 +339,8 @@ def test_damage_is_told_in_one_line(tmp_path, toy):
         ({"kind": "soup"}, "kind 'soup'"),
         ({"architecture": 3}, "'architecture' is 3"),
         ({"architecture": "toy_for_test"}, "did you mean 'toy_for_tests'"),
-        ({"arguments": {"wide": 3}}, "wide"),
+        ({"architecture": "timm/resnet10t", "arguments": {"pretrained": "evil.pth"}}, "arguments name 'pretrained'"),
+        ({"arguments": {"wide": 3}}, "'toy_for_tests' refuses the stored arguments"),
         ({"weights": {"file": "../model.safetensors", "sha256": "0" * 64, "bytes": 1}}, "expected file 'model.safetensors'"),
         ({"preprocess": {"version": 1, "specs": {"image": {"kind": "hologram"}}}}, "unknown kind 'hologram'"),
     ]

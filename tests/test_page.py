@@ -33,8 +33,9 @@ def results() -> list[Record]:
                 value = 0.7 + 0.1 * d + 0.02 * p + 0.01 * size
                 records.append(
                     Record(
-                        model="elastic", subnet=f"w{32 * size}_d{size}", dataset=dataset, protocol=protocol, metric="accuracy", value=value,
-                        interval=(value - 0.02, value + 0.015), n=1000, parameters=10**5 * 10**size, latency_ms=float(size * 9),
+                        model="elastic", subnet=f"w{32 * size}_d{size}", dataset=dataset, protocol=protocol, metric="accuracy",
+                        value=value, interval=(value - 0.02, value + 0.015), n=1000, parameters=10**5 * 10**size,
+                        latency_ms=float(size * 9),
                         weights_sha256="ab" * 32, settings={"k": 20}, command="okavango evaluate", created="2026-01-01T00:00:00Z",
                     )
                 )  # fmt: skip
@@ -232,7 +233,8 @@ def test_nothing_overlaps_or_is_cut(page, width):
     try:
         page.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
         boxes = page.execute_script("""
-            return [...document.querySelectorAll('.plots > .plot > svg')].map(plot => { const b = n => { const r = n.getBoundingClientRect();
+            return [...document.querySelectorAll('.plots > .plot > svg')].map(plot => { const b = n => {
+                const r = n.getBoundingClientRect();
                 return [r.left, r.top, r.right, r.bottom]; }; return [b(plot), [...plot.querySelectorAll('text')].map(b)]; })""")
         for (left, top, right, bottom), texts in boxes:
             assert len(texts) > 6

@@ -1,7 +1,7 @@
 """Which sample stands where, and the loader: everything is a pure function of (seed, epoch, index) or (seed, step, rank).
 
-No generator is advanced by workers or iterators, so a run that was killed goes on bit for bit, with any number of workers; at another
-world size with the same global batch the order of samples is the same.
+No generator is advanced by workers or iterators, so a run that was killed goes on bit for bit, with any number of workers; at
+another world size with the same global batch the order of samples is the same.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Multi-crop augmentation (DINO, arXiv 2104.14294; DINOv2, arXiv 2304.07193) in two parts: crops per sample on 8-bit pixels, colours
-per batch on tensors, with parameters of its own for each crop.
+"""Multi-crop augmentation (DINO, arXiv 2104.14294; DINOv2, arXiv 2304.07193) in two parts: crops per sample on 8-bit pixels,
+colours per batch on tensors, with parameters of its own for each crop.
 """
 
 from __future__ import annotations

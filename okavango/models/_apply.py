@@ -90,7 +90,8 @@ def resize_to(pixels: Tensor, size: Sequence[int], rule: Resize) -> Tensor:
     target = [round(side / rule.crop_ratio) for side in size]
     if rule.rule == "shortest":
         factor = max(target[0] / height, target[1] / width)
-        target = [max(target[0], round(height * factor)), max(target[1], round(width * factor))]
+        # Rounded down, as torchvision, timm and open_clip do; the small number undoes what the division lost.
+        target = [max(target[0], int(height * factor + 1e-6)), max(target[1], int(width * factor + 1e-6))]
     elif rule.rule == "pad":
         factor = min(size[0] / height, size[1] / width)
         target = [max(1, round(height * factor)), max(1, round(width * factor))]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
 from okavango.models.features import Features, Layer, Subnet
-from okavango.models.preprocess import Image, Preprocess, Resize
+from okavango.models.preprocess import Image, Normalise, Preprocess, Resize
 
 NORM_EPS = 1e-6
 
@@ -186,10 +186,14 @@ def interpolate_positions(embed: Tensor, grid: tuple[int, int], native: tuple[in
     return torch.cat([head, patches.flatten(2).transpose(1, 2).to(embed.dtype)], 1)
 
 
-def vit_preprocess(image_size: int, channels: int, patch_size: int) -> Preprocess:
-    """The default input of a vision transformer trained on RGB pictures with ImageNet statistics."""
-    del channels, patch_size
-    return Preprocess(image=Image(size=(image_size, image_size), resize=Resize(rule="shortest", crop_ratio=224 / 256)))
+def vit_preprocess(image_size: int, channels: int) -> Preprocess:
+    """The default input: pictures with ImageNet statistics; small ones are shown whole, others cut to 224 of 256 pixels."""
+    resize = Resize(rule="shortest", crop_ratio=1.0 if image_size <= 64 else 224 / 256)
+    if channels == 3:
+        return Preprocess(image=Image(size=(image_size, image_size), resize=resize))
+    half = Normalise(rule="standard", mean=(0.5,) * channels, std=(0.5,) * channels, origin="range 0..1")
+    names = ("grey",) if channels == 1 else tuple(f"channel{i}" for i in range(channels))
+    return Preprocess(image=Image(channels=names, size=(image_size, image_size), resize=resize, normalise=half))
 
 
 @dataclass(frozen=True)
@@ -301,7 +305,7 @@ class ElasticViT(_Tokens):
         side = image_size // patch_size
         self.native_grid = (side, side)
         self.activation_checkpointing = False
-        self.preprocess = vit_preprocess(image_size, channels, patch_size)
+        self.preprocess = vit_preprocess(image_size, channels)
         self.feature_info = FeatureInfo(max_width, max_depth, (max_width,) * max_depth, (patch_size,) * max_depth, prefix=1)
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, max_width))
@@ -365,7 +369,7 @@ class ElasticViT(_Tokens):
         x = self.patch_embed(images, width)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token[:, :width].to(x.dtype), x)
-        x = torch.cat([self.cls_token[..., :width].expand(len(x), -1, -1).to(x.dtype), x], 1)
+        x = torch.cat([self.cls_token[..., :width].expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
         return x + interpolate_positions(self.pos_embed[..., :width], grid, self.native_grid, self.position_offset), grid
 
     def forward(self, inputs, *, present=None, token_mask=None, subnet=None, layers=()) -> Features:
@@ -543,7 +547,7 @@ class ViT(_Tokens):
         self.native_grid = (arguments["image_size"] // self.patch_size,) * 2
         width, depth = arguments["width"], arguments["depth"]
         self.head_dim = arguments["head_dim"]
-        self.preprocess = vit_preprocess(arguments["image_size"], arguments["channels"], self.patch_size)
+        self.preprocess = vit_preprocess(arguments["image_size"], arguments["channels"])
         self.feature_info = FeatureInfo(width, depth, (width,) * depth, (self.patch_size,) * depth, prefix=1)
 
     def forward(self, inputs, *, present=None, token_mask=None, subnet=None, layers=()) -> Features:
@@ -554,7 +558,7 @@ class ViT(_Tokens):
         grid = self._grid(images)
         wanted = set(resolve_layers(layers, len(trunk.blocks)))
         x = trunk.patch_embed.proj(images).flatten(2).transpose(1, 2)
-        x = torch.cat([trunk.cls_token.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([trunk.cls_token.expand(x.shape[0], -1, -1), x], 1)
         x = x + interpolate_positions(trunk.pos_embed, grid, self.native_grid, self.position_offset)
         kept = {}
         for position, block in enumerate(trunk.blocks):
@@ -571,7 +575,7 @@ class ViT(_Tokens):
         below = super().__call__(inputs, layers=(layer - 1,)).layers[layer - 1] if layer else None
         if below is None:
             x = self.trunk.patch_embed.proj(inputs["image"]).flatten(2).transpose(1, 2)
-            x = torch.cat([self.trunk.cls_token.expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.trunk.cls_token.expand(x.shape[0], -1, -1), x], 1)
             x = x + interpolate_positions(self.trunk.pos_embed, self._grid(inputs["image"]), self.native_grid, self.position_offset)
         else:
             x = torch.cat([below.prefix, below.tokens["image"]], 1)
@@ -633,8 +637,8 @@ def elastic_vit(**arguments) -> ElasticViT:
 
 @register
 def elastic_vit_tiny(**arguments) -> ElasticViT:
-    """For small pictures and two cores: 28 px, patch 4, widths 64..128, depths 2..6, heads of 32; 1.2 M parameters."""
-    small = dict(image_size=28, patch_size=4, min_width=64, max_width=128, width_step=32, min_depth=2, max_depth=6, head_dim=32)
+    """For small pictures and two cores: 28 px, patch 7, widths 64..128, depths 2..6, heads of 32; 1.2 M parameters."""
+    small = dict(image_size=28, patch_size=7, min_width=64, max_width=128, width_step=32, min_depth=2, max_depth=6, head_dim=32)
     return ElasticViT(**{**small, **arguments})
 
 

@@ -101,7 +101,9 @@ class Wrapped(Backbone):
         images = inputs["image"]
         size = tuple(images.shape[-2:])
         if self.fixed_size and size != self.fixed_size:
-            raise WrappedError(f"{self.architecture}: made for {self.fixed_size} pixels, got {size}; build it with image_size={size}")
+            raise WrappedError(
+                f"{self.architecture}: made for {self.fixed_size} pixels, got {size}; build it with image_size={size}"
+            )
         if size[0] % self.multiple_of or size[1] % self.multiple_of:
             raise WrappedError(f"{self.architecture}: image of {size} pixels; both sides must be multiples of {self.multiple_of}")
         return self._features(images, sorted(set(resolve_layers(layers, self.feature_info.layers))))
@@ -147,7 +149,9 @@ def _fetch(what: str, load: Callable[[], Any]) -> Any:
         return load()
     except Exception as error:  # each library, and each of its download clients, raises its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WrappedError(f"{what}: the pretrained weights could not be loaded ({reason}); leave pretrained out, or pass a file") from error
+        raise WrappedError(
+            f"{what}: the pretrained weights could not be loaded ({reason}); leave pretrained out, or pass a file"
+        ) from error
 
 
 # -- timm -------------------------------------------------------------------------------------------------------------------
@@ -331,14 +335,20 @@ def _torchvision(name: str, size: Size | None, pretrained: bool | str) -> TorchV
     options = {}
     if kind == "vit" and size:
         if size[0] != size[1] or (weights is not None and size != tuple(weights.meta["min_size"])):
-            raise WrappedError(f"{what}: image_size {size}: square only, and with weights only theirs; timm's transformers take any")
+            raise WrappedError(
+                f"{what}: image_size {size}: square only, and with weights only theirs; timm's transformers take any"
+            )
         options["image_size"] = size[0]
 
     def build() -> nn.Module:
         return models.get_model(name, weights=weights, **options)
 
     network = _fetch(what, build) if pretrained else build()
-    linear = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] in ("fc", "classifier", "head", "heads")]
+    linear = [
+        n
+        for n, m in network.named_modules()
+        if isinstance(m, nn.Linear) and n.split(".")[0] in ("fc", "classifier", "head", "heads")
+    ]
     stages = _stage_names(network)
     if not linear or not stages:
         raise WrappedError(f"{what}: this family has no known trunk; timm offers most networks")
@@ -543,8 +553,8 @@ def _inject_lora(model: Wrapped, lora: int | Mapping[str, Any]) -> None:
         hook.remove()
     if idle:
         raise WrappedError(
-            f"{model.architecture}: lora has no effect on {len(idle)} of {count} layers, e.g. {next(iter(idle))}, whose weights are "
-            "read without calling them; name others by lora={'rank': ..., 'targets': (...)}"
+            f"{model.architecture}: lora has no effect on {len(idle)} of {count} layers, e.g. {next(iter(idle))}, whose weights "
+            "are read without calling them; name others by lora={'rank': ..., 'targets': (...)}"
         )
 
 

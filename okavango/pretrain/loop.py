@@ -540,7 +540,10 @@ def _export(objective, template, out: Path, recipe: Recipe, card: dict, main: bo
     common = {"recipe": recipe.name, "seed": recipe.run.seed, "steps": recipe.run.steps, "batch": recipe.run.batch, **card}
     for name, (module, own) in exports.items():
         folder = out / "export" if len(exports) == 1 else out / "export" / name
-        save_checkpoint(module, folder, card={**common, **own})
+        head = module.head_config() if hasattr(module, "head_config") else None
+        prefix = module.backbone_prefix if head else ""
+        kind = "head" if head else "backbone"
+        save_checkpoint(module, folder, kind=kind, head=head, backbone_prefix=prefix, card={**common, **own})
     save_checkpoint(objective, out / "export-full", kind="objective", card=common, backbone_prefix=objective.backbone_prefix)
 
 

@@ -96,7 +96,7 @@ def poa_fashion() -> PretrainRecipe:
             ),
         ),
         optim=Optim(lr=0.002, lr_batch=256, lr_end=1e-5, warmup=0.05, clip=3.0),
-        run=Run(steps=1500, batch=128, save_every=500, workers=1, trackers=()),
+        run=Run(steps=2000, batch=128, save_every=200, eval_every=200, workers=1, trackers=()),
     )
 
 
@@ -111,7 +111,7 @@ def poa_tiny() -> PretrainRecipe:
     return replace(
         recipe,
         name="poa_tiny",
-        model_args={"min_width": 32, "max_width": 64, "width_step": 32, "min_depth": 1, "max_depth": 2, "patch_size": 7},
+        model_args={"min_width": 32, "max_width": 64, "width_step": 32, "min_depth": 1, "max_depth": 2},
         objective=replace(
             recipe.objective,
             prototypes=(32, 48),

@@ -123,9 +123,9 @@ def load_weights(
         CheckpointError: two tensors for one name; with `strict`, any tensor without a place or place without a tensor.
 
     Example:
-        >>> print(load_weights(nn.Linear(2, 1), {"weight": torch.ones(1, 2), "old_bias": torch.zeros(1)}, rename={"old_bias": "bias"}))
+        >>> print(load_weights(nn.Linear(2, 1), {"weight": torch.ones(1, 2), "b": torch.zeros(1)}, rename={"b": "bias"}))
         2 tensors matched
-        1 renamed: old_bias -> bias
+        1 renamed: b -> bias
     """
     rename, skip = rename or {}, skip or {}
     resize = resize or getattr(model, "resize_weights", None)
@@ -217,6 +217,8 @@ def config_problems(config: Any) -> list[str]:
         problems.append(f"kind {config['kind']!r}; expected one of {', '.join(KINDS)}")
     if weights.get("file") != WEIGHTS or not isinstance(weights.get("bytes"), int) or len(str(weights.get("sha256"))) != 64:
         problems.append(f"field 'weights' is {weights!r}; expected file {WEIGHTS!r}, bytes and a sha256 of 64 hexadecimal digits")
+    if config["arguments"].get("pretrained"):  # a config from elsewhere must not fetch or open further files
+        problems.append("arguments name 'pretrained'; the weights of a checkpoint are its own, remove it")
     if head is not None and not (isinstance(head.get("entry"), str) and isinstance(head.get("arguments"), dict)):
         problems.append(f"field 'head' is {head!r}; expected entry 'module:function' and arguments")
     try:
@@ -282,17 +284,21 @@ def load_checkpoint(
     if problem:
         raise CheckpointError(f"{problem}; fetch or save the checkpoint again")
 
-    entry = config["head"]["entry"] if config["head"] else None
-    with_head = bool(heads) and entry is not None and model is None
-    if with_head and entry not in (heads or {}):
-        raise CheckpointError(f"{folder}: head {entry!r} is not allowed here; known: {', '.join(heads or {})}")
+    make_head, head = None, config["head"]
+    if head and heads and model is None:
+        make_head = heads.get(head["entry"])
+        if make_head is None:
+            raise CheckpointError(f"{folder}: head {head['entry']!r} is not allowed here; known: {', '.join(heads)}")
 
     def build() -> nn.Module:
-        backbone = create_model(config["architecture"], **_tuples(config["arguments"]))
+        try:
+            backbone = create_model(config["architecture"], **_tuples(config["arguments"]))
+        except TypeError as error:
+            raise CheckpointError(f"architecture {config['architecture']!r} refuses the stored arguments: {error}") from error
         backbone.preprocess = Preprocess.from_json(config["preprocess"])
-        return heads[entry](backbone, _tuples(config["head"]["arguments"])) if with_head and heads else backbone
+        return make_head(backbone, _tuples(head["arguments"])) if make_head else backbone
 
-    whole = with_head or not (model is None or isinstance(model, Backbone))
+    whole = make_head is not None or not (model is None or isinstance(model, Backbone))
     prefix = "" if whole else config["backbone_prefix"]
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -516,7 +522,9 @@ def _config(model, kind, parent, subnet, prefix, head, extra) -> dict[str, Any]:
     try:
         backbone = model.get_submodule(prefix.removesuffix("."))
     except AttributeError:
-        raise CheckpointError(f"{type(model).__name__} has no submodule {prefix.removesuffix('.')!r}; mend backbone_prefix") from None
+        raise CheckpointError(
+            f"{type(model).__name__} has no submodule {prefix.removesuffix('.')!r}; mend backbone_prefix"
+        ) from None
     if not isinstance(backbone, Backbone):
         what = f"{type(model).__name__}.{prefix}".removesuffix(".")
         raise CheckpointError(f"{what} is a {type(backbone).__name__}, not a Backbone; name the one inside by backbone_prefix")
@@ -641,7 +649,7 @@ def render_card(card: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     }
     if config["parent"]:
         rows["parent"] = f"`{config['parent'].get('name')}`" + (f", subnet `{config['subnet']}`" if config["subnet"] else "")
-    sections = {}
+    sections: dict[str, Any] = {}
     for key, value in card.items():
         long = isinstance(value, (dict, list, tuple)) or len(str(value)) > 100 or "\n" in str(value)
         (sections if long else rows)[key.replace("_", " ")] = value

@@ -38,7 +38,7 @@ class _Plain(nn.Module):
         self.backbone, self.subnet = backbone, subnet
 
     def forward(self, **tensors: Tensor) -> dict[str, Tensor]:
-        inputs = {}
+        inputs: dict[str, Tensor | TextBatch] = {}
         for name in self.backbone.modalities:
             if name in tensors:
                 inputs[name] = tensors[name]
@@ -57,10 +57,9 @@ def named_outputs(features: Features) -> dict[str, Tensor]:
 
 def plain_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Modality -> batch, with every `TextBatch` as two tensors `NAME_ids` and `NAME_mask`."""
-    plain = {}
+    plain: dict[str, Tensor] = {}
     for name, value in inputs.items():
-        parts = {f"{name}_ids": value.ids, f"{name}_mask": value.mask} if isinstance(value, TextBatch) else {name: value}
-        plain |= parts
+        plain |= {f"{name}_ids": value.ids, f"{name}_mask": value.mask} if isinstance(value, TextBatch) else {name: value}
     return plain
 
 
@@ -109,9 +108,12 @@ def export_onnx(
     program, plain = _program(model, subnet, batch)
     example = _example(plain.backbone, 2 if batch == "dynamic" else int(batch))
     names = list(plain(**example))
-    onnx = torch.onnx.export(program, input_names=list(example), output_names=names, dynamo=True, verbose=False)
-    if onnx is None:
-        raise ExportError(f"{type(model).__name__}: torch.onnx returned nothing; export_program may do")
+    try:
+        onnx = torch.onnx.export(program, input_names=list(example), output_names=names, dynamo=True, verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ExportError(f"{type(model).__name__} has no ONNX form ({reason}); export_program takes more") from error
+    assert onnx is not None  # always returned with dynamo=True
     onnx.model.metadata_props["okavango.preprocess"] = json.dumps(model.preprocess.to_json())
     external = sum(tensor.nbytes for tensor in plain.state_dict().values()) > ONE_FILE
     with _beside(path) as draft:
@@ -141,13 +143,19 @@ def _program(model: Backbone, subnet: Subnet | str | None, batch: int | str) -> 
     """The traced graph and the module it was traced from, a copy of the model on the CPU in float32 and eval mode."""
     subnet = Subnet.parse(subnet) if isinstance(subnet, str) else subnet
     if subnet is not None and hasattr(model, "extract"):
-        model, subnet = model.extract(subnet), None  # a smaller graph than slicing inside it
+        model, subnet = model.extract(subnet), None  # type: ignore[operator]  # a smaller graph than slicing inside it
     plain = _Plain(copy.deepcopy(model).to("cpu", torch.float32), subnet).eval().requires_grad_(False)
     dynamic = batch == "dynamic"
     example = _example(plain.backbone, 2 if dynamic else int(batch))
     sizes = {name: {0: torch.export.Dim("batch")} for name in example} if dynamic else None
     try:
-        program = torch.export.export(plain, (), kwargs=example, dynamic_shapes={"tensors": sizes} if sizes else None)
+        program = torch.export.export(
+            plain,
+            (),
+            kwargs=example,
+            dynamic_shapes={"tensors": sizes} if sizes else None,
+            prefer_deferred_runtime_asserts_over_guards=True,  # guards that compare two keyword inputs do not compile otherwise
+        )
     except Exception as error:  # torch.export raises many types, none with a common base
         reason = str(error).strip().splitlines()[0]
         if "Constraints violated" in reason:

@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock
 
@@ -112,7 +112,7 @@ def resolve(
             raise HubError(f"{path}: expected a checkpoint folder, or its model.safetensors with config.json beside it")
         return path.parent
     # `runs/export` where `runs` exists is a mistyped folder, not somebody's repository
-    if _HF_REPO.fullmatch(text) and not Path(text).parts[0] in os.listdir():
+    if _HF_REPO.fullmatch(text) and Path(text).parts[0] not in os.listdir():
         return _from_hugging_face(f"hf://{text}", revision, cache_folder(cache), offline)
     if "/" in text or os.sep in text or text in ("", ".", ".."):
         raise HubError(f"{text}: no such folder, and not a name of the catalogue, a URL or org/name of a Hugging Face repository")
@@ -190,7 +190,9 @@ def _from_url(text: str, pin: str, cache: Path, offline: bool) -> Path:
         config = _parse(raw, remote.file("config.json"))
         digest, size = config["weights"]["sha256"], config["weights"]["bytes"]
         if remote.pin and digest != remote.pin:
-            raise HubError(f"{remote.url}: its config.json names sha256 {digest}; expected {remote.pin}; the checkpoint was replaced")
+            raise HubError(
+                f"{remote.url}: its config.json names sha256 {digest}; expected {remote.pin}; the checkpoint was replaced"
+            )
         if cached and read_config(remote.folder)["weights"]["sha256"] == digest:
             return remote.folder
         card = _fetch_small(remote.file("README.md"), optional=True)
@@ -305,8 +307,8 @@ def download(url: str, path: Path, *, sha256: str, size: int) -> Path:
             elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 raise ConnectionError("the server sent another range than the one asked for")
             with _disk_errors(part, size):
-                file: BinaryIO = open(part, "ab" if have else "wb")
-            with file:
+                part.touch()
+            with open(part, "ab" if have else "wb") as file:
                 try:
                     while block := response.read(CHUNK):
                         have += len(block)
@@ -364,6 +366,7 @@ def _from_hugging_face(text: str, revision: str | None, cache: Path, offline: bo
 
     from okavango.zoo.checkpoint import FILES, read_config, weights_problem
 
+    web_error = cast(type[Exception], HfHubHTTPError.__bases__[0])  # HTTPError of the web client that huggingface_hub uses
     match = _HF_REPO.fullmatch(text.removeprefix("hf://"))
     if not match or ".." in text:
         raise HubError(f"{text}: expected hf://org/name or hf://org/name@revision")
@@ -396,8 +399,8 @@ def _from_hugging_face(text: str, revision: str | None, cache: Path, offline: bo
     except LocalEntryNotFoundError:
         why = "offline" if offline else "the hub cannot be reached"
         raise HubError(f"{at}: not (wholly) in the cache {cache} and {why}; load it once with a connection") from None
-    except HfHubHTTPError as error:
-        raise HubError(f"{at}: could not be fetched ({str(error).splitlines()[0]}); try again later") from None
+    except web_error as error:
+        raise HubError(f"{at}: could not be fetched ({str(error).splitlines()[0]}); try again, what came is kept") from None
     except OSError as error:
         with _disk_errors(cache / "hf"):
             raise error

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
+
+from okavango.models.backbone import create_model
+from okavango.models.elastic_vit import ElasticViT
+from okavango.zoo.checkpoint import load_weights
 
 _VIT = (
     (r"(blocks\.\d+\.norm[12])\.norm\.", r"\1."),
@@ -57,3 +64,44 @@ def _convert(name: str, vit, head, head_old: str, head_new: str) -> str:
     if rest.startswith("backbone."):
         return prefix + "backbone." + _rename(rest[len("backbone.") :], vit)
     return name if prefix else _rename(_rename(name, vit), head)
+
+
+def read_official(
+    path: Path, *, image_size: int = 224, patch_size: int = 16, head_dim: int = 64, min_width: int = 0, min_depth: int = 0
+) -> tuple[ElasticViT, list[str]]:
+    """Build the supernet that an official ViT teacher checkpoint holds.
+
+    Args:
+        path: ``.safetensors``, or a pickle ``{"teacher": {...}}``, which is read with `weights_only`.
+        image_size, patch_size, head_dim: of the network, since the weights do not tell them.
+        min_width, min_depth: least width and depth of its subnets; 0 takes the published 3/8 of the width and half of the depth.
+    Returns:
+        The model, and the names of tensors that do not belong to it (the projection heads).
+    Raises:
+        ValueError: not a ViT checkpoint of the published code.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        tensors = load_file(path)
+    else:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = tensors.get("teacher", tensors)
+    backbone = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items() if not name.startswith("dino_head.")}
+    if "pos_embed" not in backbone or "blocks.0.attn.qkv.linear.weight" not in backbone:
+        raise ValueError(f"{path}: no ViT teacher of the published POA code (keys like backbone.blocks.0.attn.qkv.linear.weight)")
+    width = backbone["pos_embed"].shape[-1]
+    depth = 1 + max(int(name.split(".")[1]) for name in backbone if name.startswith("blocks."))
+    model = create_model(
+        "elastic_vit",
+        image_size=image_size,
+        patch_size=patch_size,
+        head_dim=head_dim,
+        min_width=min_width or width * 3 // 8,
+        max_width=width,
+        width_step=head_dim,
+        min_depth=min_depth or depth // 2,
+        max_depth=depth,
+        channels=backbone["patch_embed.proj.weight"].shape[1],
+    )
+    load_weights(model, from_official(backbone))
+    return model.eval(), sorted(name for name in tensors if name.startswith("dino_head."))

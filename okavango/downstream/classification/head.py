@@ -152,10 +152,13 @@ class Classifier(nn.Module):
     def after_step(self, step: int) -> None:
         """Nothing to follow: there is no teacher."""
 
-    def exports(self) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-        """The trained classifier and what its card says."""
-        card = {
-            "task": "classification",
+    #: where the backbone stands inside, and how `config.json` calls this head
+    backbone_prefix = "backbone."
+    entry = "okavango.downstream.classification.head:Classifier"
+
+    def head_config(self) -> dict[str, Any]:
+        """What rebuilds this head around its backbone: for `save_checkpoint(head=...)`."""
+        arguments = {
             "classes": list(self.classes),
             "frozen": self.frozen,
             "smoothing": self.smoothing,
@@ -163,7 +166,11 @@ class Classifier(nn.Module):
             "crop_scale": list(self.crop_scale),
             "flip": self.flip,
         }
-        return {"classifier": (self, card)}
+        return {"entry": self.entry, "arguments": arguments}
+
+    def exports(self) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+        """The trained classifier and what its card says."""
+        return {"classifier": (self, {"task": "classification", **self.head_config()["arguments"]})}
 
 
 @dataclass(frozen=True)

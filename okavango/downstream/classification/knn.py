@@ -52,14 +52,16 @@ def nearest(bank: np.ndarray, queries: np.ndarray, k: int, backend: str = "auto"
     bank, queries = normalised(bank), normalised(queries)
     proposed = _BACKENDS[backend](bank, queries, min(len(bank), k + _SPARE))
     similarities, indices = np.empty((len(queries), k)), np.empty((len(queries), k), dtype=np.int64)
+    unsure: list[int] = []
     block = max(1, 2**24 // (proposed.shape[1] * bank.shape[1]))  # 128 MiB of float64
     for start in range(0, len(queries), block):
         rows = slice(start, start + block)
         ranked, order = _rank(queries[rows], bank, proposed[rows])
         similarities[rows], indices[rows] = ranked[:, :k], order[:, :k]
         if proposed.shape[1] < len(bank):
-            for row in np.flatnonzero(ranked[:, k - 1] - ranked[:, -1] <= _SLACK_32) + start:
-                similarities[row], indices[row] = _exhaustive(queries[row], bank, k)
+            unsure += (np.flatnonzero(ranked[:, k - 1] - ranked[:, -1] <= _SLACK_32) + start).tolist()
+    if unsure:
+        similarities[unsure], indices[unsure] = _exhaustive(bank, queries[unsure], k)
     return similarities, indices
 
 
@@ -149,9 +151,15 @@ def _rank(queries: np.ndarray, bank: np.ndarray, proposed: np.ndarray) -> tuple[
     return np.take_along_axis(similarities, order, 1), np.take_along_axis(proposed, order, 1)
 
 
-def _exhaustive(query: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of one query where the float32 search could not tell: many rows are almost equally near."""
-    rough = np.concatenate([part.astype(np.float64) @ query for part in np.array_split(bank, -(-len(bank) // 65536))])
-    threshold = np.partition(rough, len(bank) - k)[len(bank) - k] - _SLACK_64
-    similarities, indices = _rank(query[None], bank, np.flatnonzero(rough >= threshold)[None])
-    return similarities[0, :k], indices[0, :k]
+def _exhaustive(bank: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """`nearest` in float64 for queries where the float32 search could not tell: many rows are almost equally near."""
+    similarities, indices = np.empty((len(queries), k)), np.empty((len(queries), k), dtype=np.int64)
+    columns = bank.T.astype(np.float64)
+    block = max(1, 2**24 // len(bank))
+    for start in range(0, len(queries), block):
+        rough = queries[start : start + block].astype(np.float64) @ columns
+        thresholds = np.partition(rough, len(bank) - k, axis=1)[:, len(bank) - k] - _SLACK_64
+        for row, (scores, threshold) in enumerate(zip(rough, thresholds, strict=True), start=start):
+            ranked, order = _rank(queries[row : row + 1], bank, np.flatnonzero(scores >= threshold)[None])
+            similarities[row], indices[row] = ranked[0, :k], order[0, :k]
+    return similarities, indices

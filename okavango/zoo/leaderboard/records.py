@@ -231,7 +231,7 @@ def environment() -> tuple[dict[str, str], dict[str, Any]]:
 
     Returns:
         versions: of Python and of those of `PACKAGES` that are installed.
-        hardware: "cpu" (model name), "cores", "threads" (of torch, once it is imported), "system", "accelerator" where there is one.
+        hardware: "cpu" (model name), "cores", "threads" (of torch, if imported), "system", "accelerator" where there is one.
     """
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
