@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ def quickstart(out: Path = Path("quickstart"), steps: int = 0, seed: int = 0) ->
         steps: optimiser steps, 0 for what fits into a few minutes on two cores.
         seed: everything random follows from it.
     """
+    at_least(0, steps=steps, seed=seed)
     from okavango.recipes.quickstart import quickstart
 
     quickstart(out, steps=steps, seed=seed, say=say)
@@ -39,7 +41,7 @@ def evaluate(
     """Measure a frozen backbone on labelled pictures.
 
     Args:
-        checkpoint: name in the zoo, folder, file, URL or hf://ORG/NAME; timm/NAME for an untrained network; raw-pixels for the baseline.
+        checkpoint: name in the zoo, folder, file, URL or hf://ORG/NAME; raw-pixels for the baseline that knows nothing.
         data: folder with train/ and test/ in it, or the test part; samples/fashion, samples/fashion:moved.
         protocol: knn, logistic, linear, with or without a version such as knn/v1.
         train: the training part, when it is not in `data`.
@@ -48,12 +50,15 @@ def evaluate(
         seed: of held-out parts and intervals.
         batch: pictures per forward pass.
     """
+    at_least(1, batch=batch)
     from okavango import verbs
 
     verbs.evaluate(checkpoint, data=data, train=train, protocol=protocol, subnets=subnets, out=out, seed=seed, batch=batch, say=say)
 
 
-def embed(checkpoint: Positional[str], data: Positional[str], out: Path, subnet: str = "", batch: int = 256, workers: int = 0) -> None:
+def embed(
+    checkpoint: Positional[str], data: Positional[str], out: Path, subnet: str = "", batch: int = 256, workers: int = 0
+) -> None:
     """Write one embedding per picture to a Parquet file.
 
     Args:
@@ -64,6 +69,8 @@ def embed(checkpoint: Positional[str], data: Positional[str], out: Path, subnet:
         batch: pictures per forward pass.
         workers: processes that read pictures.
     """
+    at_least(1, batch=batch)
+    at_least(0, workers=workers)
     from okavango import verbs
 
     verbs.embed(checkpoint, data, out, subnet=subnet, batch=batch, workers=workers, say=say)
@@ -78,12 +85,15 @@ def predict(checkpoint: Positional[str], data: Positional[str], top: int = 1, ba
         top: classes per picture.
         batch: pictures per forward pass.
     """
+    at_least(1, top=top, batch=batch)
     from okavango import verbs
 
     verbs.predict(checkpoint, data, top=top, batch=batch, say=say)
 
 
-def explain(checkpoint: Positional[str], data: Positional[str], out: Path, subnet: str = "", layer: int = -1, count: int = 8) -> None:
+def explain(
+    checkpoint: Positional[str], data: Positional[str], out: Path, subnet: str = "", layer: int = -1, count: int = 8
+) -> None:
     """Draw attention maps and patch features of some pictures.
 
     Args:
@@ -94,14 +104,14 @@ def explain(checkpoint: Positional[str], data: Positional[str], out: Path, subne
         layer: block whose attention is drawn; negative ones count from the end.
         count: how many pictures.
     """
+    if out.suffix != ".png":
+        raise ValueError(f"--out {out}: expected a name that ends in .png")
+    at_least(1, count=count)
     from okavango import explain as pictures
     from okavango import verbs
     from okavango.data.sources import open_source
-    from okavango.zoo.hub import load
 
-    if out.suffix != ".png":
-        raise ValueError(f"--out {out}: expected a name that ends in .png")
-    model, source = load(checkpoint), open_source(data)
+    model, source = verbs.open_model(checkpoint)[0], open_source(data)
     (chosen,) = verbs.chosen_subnets(model, [subnet] if subnet else [])
     images = [source[i]["image"] for i in range(0, len(source), max(1, len(source) // count))][:count]
     batch = pictures.as_batch(model, images)
@@ -135,9 +145,12 @@ def zoo_show(name: Positional[str]) -> None:
     Args:
         name: see `evaluate`.
     """
+    from okavango.zoo.checkpoint import read_config
     from okavango.zoo.hub import resolve
 
-    say((resolve(name) / "README.md").read_text())
+    folder = resolve(name)
+    read_config(folder)
+    say((folder / "README.md").read_text(encoding="utf-8"))
 
 
 def zoo_pull(name: Positional[str]) -> None:
@@ -146,9 +159,12 @@ def zoo_pull(name: Positional[str]) -> None:
     Args:
         name: see `evaluate`.
     """
+    from okavango.zoo.checkpoint import read_config
     from okavango.zoo.hub import resolve
 
-    say(str(resolve(name)))
+    folder = resolve(name)
+    read_config(folder)
+    say(str(folder))
 
 
 def zoo_extract(checkpoint: Positional[str], subnet: str, out: Path) -> None:
@@ -166,6 +182,8 @@ def zoo_extract(checkpoint: Positional[str], subnet: str, out: Path) -> None:
     model = load(checkpoint)
     if not hasattr(model, "extract"):
         raise ValueError(f"{checkpoint} is not elastic: there is nothing to extract")
+    if out.resolve() == resolve(checkpoint).resolve():
+        raise ValueError(f"--out {out}: is the checkpoint itself; choose another folder")
     parent = {"name": checkpoint, "sha256": file_sha256(resolve(checkpoint) / "model.safetensors")}
     save_checkpoint(model.extract(Subnet.parse(subnet)), out, parent=parent, card={"subnet": subnet, "extracted from": checkpoint})
     say(f"{subnet} of {checkpoint} is in {out}")
@@ -179,14 +197,15 @@ def zoo_export(checkpoint: Positional[str], out: Path, subnet: str = "") -> None
         out: file that ends in .onnx or .pt2.
         subnet: w64_d2 ... of an elastic backbone.
     """
-    from okavango.models.features import Subnet
-    from okavango.zoo import export
+    if out.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"--out {out}: expected a name that ends in .onnx or .pt2")
+    from okavango import verbs
+    from okavango.zoo.export import export_onnx, export_program
     from okavango.zoo.hub import load
 
-    writers = {".onnx": export.export_onnx, ".pt2": export.export_program}
-    if out.suffix not in writers:
-        raise ValueError(f"--out {out}: expected a name that ends in .onnx or .pt2")
-    writers[out.suffix](load(checkpoint), out, subnet=Subnet.parse(subnet) if subnet else None)
+    model = load(checkpoint)
+    (chosen,) = verbs.chosen_subnets(model, [subnet] if subnet else [])
+    (export_onnx if out.suffix == ".onnx" else export_program)(model, out, subnet=chosen)
     say(f"{checkpoint} is in {out}")
 
 
@@ -254,6 +273,8 @@ def leaderboard_run(
         train: the training part, when it is not in `data`.
         seed: of held-out parts and intervals.
     """
+    if not checkpoints:
+        raise Usage("leaderboard run: name at least one checkpoint")
     from okavango import verbs
 
     verbs.run_leaderboard(checkpoints, data=data, train=train, protocols=protocol, out=out, seed=seed, say=say)
@@ -266,6 +287,8 @@ def leaderboard_render(records: Positional[tuple[Path, ...]], out: Path = Path("
         records: files of records (JSON lines).
         out: file to write.
     """
+    if not records:
+        raise Usage("leaderboard render: name at least one file of records")
     from okavango.zoo.leaderboard.page import render, table
     from okavango.zoo.leaderboard.records import read_records
 
@@ -306,6 +329,25 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def at_least(least: int, **values: int) -> None:
+    """Refuse smaller values of options.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"--{name} {value}: expected at least {least}")
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, for a person."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines).replace(":; ", ": ") or type(error).__name__
+
+
 class Usage(Exception):
     """The command line cannot be understood."""
 
@@ -313,8 +355,11 @@ class Usage(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    format_before, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"okavango: {message}\n"
     try:
         return _dispatch(arguments)
+    except SystemExit as stop:  # tyro has printed help (0) or what is wrong with the options (2)
+        return int(stop.code or 0)
     except Usage as error:
         print(f"okavango: {error}", file=sys.stderr)
         return 2
@@ -327,8 +372,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         if os.environ.get("OKAVANGO_TRACEBACK"):
             raise
-        print(f"okavango: {error}", file=sys.stderr)
+        print(f"okavango: {one_line(error)}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = format_before
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -354,11 +401,10 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(verb: str, rest: list[str]) -> int:
-    from okavango.recipes import BY_VERB, named
+    from okavango.recipes import named, recipes
 
-    recipes = BY_VERB[verb]
     if not rest or rest[0] in ("-h", "--help"):
-        listed = "\n".join(f"  {name:18} {(recipe.__doc__ or '').strip().splitlines()[0]}" for name, recipe in recipes.items())
+        listed = _lines(recipes(verb))
         print(f"usage: okavango {verb} RECIPE --out DIR [--data DATA] [options]\n\n{RUNS[verb]}\n\nrecipes:\n{listed}")
         print(f"\n`okavango {verb} RECIPE --help` lists the options of a recipe with its values.")
         return 0 if rest else 2
@@ -368,6 +414,7 @@ def _run(verb: str, rest: list[str]) -> int:
         raise Usage(str(error)) from None
 
     def run(out: Path, recipe=recipe) -> None:
+        recipe.check()  # before torch is imported
         from okavango import verbs
 
         getattr(verbs, verb)(recipe, out=out, data=recipe.data or None, say=say)
@@ -398,10 +445,11 @@ def _overview() -> str:
             flat |= {f"{name} {sub}": (function.__doc__ or "").splitlines()[0] for sub, function in command.items()}
         else:
             flat[name] = (command.__doc__ or "").splitlines()[0]
-    order = ["quickstart", "pretrain", "finetune", *[name for name in flat if name not in ("quickstart", "pretrain", "finetune")]]
+    first = ("quickstart", "pretrain", "finetune")
+    order = [*first, *(name for name in flat if name not in first)]
     listed = "\n".join(f"  {name:20} {flat[name]}" for name in order)
     return f"usage: okavango COMMAND ...\n\nPretrain once, take the model that fits.\n\n{listed}\n\n`okavango COMMAND --help` says more."
 
 
 def _lines(commands: dict[str, Callable[..., Any]]) -> str:
-    return "\n".join(f"  {name:10} {(function.__doc__ or '').splitlines()[0]}" for name, function in commands.items())
+    return "\n".join(f"  {name:18} {(function.__doc__ or '').splitlines()[0]}" for name, function in commands.items())

@@ -272,9 +272,7 @@ def check_checkpoint(model: Backbone, inputs: Mapping[str, Any], folder: Path) -
         save_checkpoint(model, folder)
         loaded, _ = load_checkpoint(folder)
     except Exception as error:
-        message = (
-            f"{who}: its checkpoint cannot be written and loaded: {error}; check `architecture`, `arguments` and the registration"
-        )
+        message = f"{who}: its checkpoint cannot be written and loaded: {error}; mend `architecture` and `arguments`"
         raise AssertionError(message) from error
     _expect(loaded.preprocess == model.preprocess, f"{who}: the preprocess changed in the checkpoint")
     for (path, a), (_, b) in zip(_leaves(model(inputs)), _leaves(loaded(inputs)), strict=True):

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from okavango.pretrain import loop
 from okavango.pretrain.settings import Recipe
 from okavango.recipes import named
 from okavango.zoo.checkpoint import file_sha256, load_weights
-from okavango.zoo.hub import load, resolve as resolve_checkpoint
+from okavango.zoo.hub import load
+from okavango.zoo.hub import resolve as resolve_checkpoint
 from okavango.zoo.leaderboard.records import Record, bootstrap, environment, now, read_records, write_record
 
 Say = Callable[[str], None]
@@ -54,11 +56,13 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def pretrain(recipe: str | Recipe, *, data: str | Source | None = None, out: str | os.PathLike, say: Say = print, **changes: Any) -> Path:
+def pretrain(
+    recipe: str | Recipe, *, data: str | Source | None = None, out: str | os.PathLike, say: Say = print, **changes: Any
+) -> Path:
     """Pretrain a backbone, or go on with the run that `out` holds.
 
     Args:
-        recipe: a name of `okavango.recipes.RECIPES`, or a recipe.
+        recipe: a name that `okavango pretrain --help` lists, or a recipe.
         data: folder of pictures (nested or flat), tar shards, ``samples/fashion`` or a `Source`; None takes the recipe's.
         out: run folder.
         say: receives lines of progress.
@@ -70,7 +74,9 @@ def pretrain(recipe: str | Recipe, *, data: str | Source | None = None, out: str
     return _run(override(recipe, changes), data, Path(out), say)
 
 
-def finetune(recipe: str | Recipe, *, data: str | Source | None = None, out: str | os.PathLike, say: Say = print, **changes: Any) -> Path:
+def finetune(
+    recipe: str | Recipe, *, data: str | Source | None = None, out: str | os.PathLike, say: Say = print, **changes: Any
+) -> Path:
     """Fine-tune a checkpoint (`start=...`) for a task on your own data; otherwise as `pretrain`."""
     recipe = named(recipe, "finetune") if isinstance(recipe, str) else recipe
     return _run(override(recipe, changes), data, Path(out), say)
@@ -210,7 +216,9 @@ def evaluate(
     if train_source.labels is None or test_source.labels is None:
         raise ValueError("evaluation needs labels: pictures in one sub-folder per class, or shards with .cls members")
     if tuple(train_source.classes) != tuple(test_source.classes):
-        raise ValueError(f"training part has {len(train_source.classes)} classes and the test part others ({len(test_source.classes)})")
+        raise ValueError(
+            f"the training part has {len(train_source.classes)} classes, the test part {len(test_source.classes)}: they must be the same"
+        )
     records = []
 
     def measure(name: str, subnet: str, embed: Callable[[Source], Embedded], facts: dict[str, Any]) -> None:
@@ -238,8 +246,7 @@ def evaluate(
         measure("raw-pixels", "", lambda source: raw_pixels(source, size), {"baseline": "raw pixels"})
         return records
     if isinstance(checkpoint, str):
-        folder = resolve_checkpoint(checkpoint)
-        model, name, sha256 = load(checkpoint), checkpoint, file_sha256(folder / "model.safetensors")
+        (model, sha256), name = open_model(checkpoint), checkpoint
     else:
         model, name, sha256 = checkpoint, checkpoint.architecture, ""
     for subnet in chosen_subnets(model, subnets):
@@ -247,6 +254,17 @@ def evaluate(
         facts = {"weights_sha256": sha256, "parameters": sum(p.numel() for p in sized.parameters()), "latency_ms": latency(sized)}
         measure(name, str(subnet or ""), lambda source, sized=sized: extract_features(sized, source, batch=batch), facts)
     return records
+
+
+def open_model(checkpoint: str) -> tuple[Backbone, str]:
+    """A backbone in eval mode and the sha256 of its weights file ("" when a library brought them).
+
+    Args:
+        checkpoint: what `ok.load` takes, or ``timm/NAME`` and the like with that library's pretrained weights.
+    """
+    if checkpoint.partition("/")[0] in ("timm", "torchvision", "open_clip") and not Path(checkpoint).exists():
+        return create_model(checkpoint, pretrained=True).eval(), ""
+    return load(checkpoint), file_sha256(resolve_checkpoint(checkpoint) / "model.safetensors")
 
 
 def run_leaderboard(
@@ -274,8 +292,8 @@ def run_leaderboard(
         wanted: list[Subnet | None] = [None]
         sha256 = ""
         if name != "raw-pixels":
-            sha256 = file_sha256(resolve_checkpoint(name) / "model.safetensors")
-            wanted = chosen_subnets(load(name), subnets.split(",") if subnets else [])
+            model, sha256 = open_model(name)
+            wanted = chosen_subnets(model, subnets.split(",") if subnets else [])
         for subnet in wanted:
             left = [p for p in map(resolve, protocols) if (sha256, str(subnet or ""), test_source.digest, p, seed) not in known]
             if left:
@@ -363,7 +381,7 @@ def embed(
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
     source = open_source(data)
-    model = load(checkpoint) if isinstance(checkpoint, str) else checkpoint
+    model = open_model(checkpoint)[0] if isinstance(checkpoint, str) else checkpoint
     (chosen,) = chosen_subnets(model, [subnet] if subnet else [])
     embedded = extract_features(model, source, subnet=chosen, batch=batch, workers=workers)
     for name, reason in embedded.bad:
@@ -376,7 +394,11 @@ def embed(
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embedded.features.reshape(-1)), embedded.features.shape[1]),
         }
     ).replace_schema_metadata(
-        {"model": checkpoint if isinstance(checkpoint, str) else model.architecture, "subnet": subnet, "source_sha256": source.digest}
+        {
+            "model": checkpoint if isinstance(checkpoint, str) else model.architecture,
+            "subnet": subnet,
+            "source_sha256": source.digest,
+        }
     )
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
@@ -390,7 +412,7 @@ def embed(
 
 def predict(checkpoint: str, data: str | Source, *, top: int = 1, batch: int = 256, say: Say = print) -> list[tuple[str, list]]:
     """Classes of pictures by a fine-tuned checkpoint: (id, [(class, probability), ...] best first)."""
-    model = load(checkpoint, heads=HEADS)
+    model = load(checkpoint, heads=heads())
     if not isinstance(model, Classifier):
         raise ValueError(f"{checkpoint} holds no classifier; fine-tune one with `okavango finetune`")
     source, results = open_source(data), []
@@ -405,9 +427,10 @@ def predict(checkpoint: str, data: str | Source, *, top: int = 1, batch: int = 2
     return results
 
 
-HEADS: dict[str, Callable[[Backbone, dict], nn.Module]] = {
-    Classifier.entry: lambda backbone, arguments: Classifier(backbone, **arguments)
-}
+def heads() -> dict[str, Callable[[Backbone, dict], nn.Module]]:
+    """Heads that a checkpoint may name, our own and those of other packages (entry points ``okavango.heads``)."""
+    known = [Classifier, *(point.load() for point in entry_points(group="okavango.heads"))]
+    return {head.entry: lambda backbone, arguments, head=head: head(backbone, **arguments) for head in known}
 
 
 def command_line() -> str:

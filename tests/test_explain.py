@@ -130,7 +130,8 @@ def test_pca_foreground_blackens_the_low_side():
     features, _ = planted()
     plain, cut = explain.pca(features), explain.pca(features, foreground=0.5)
     black = (cut == 0).all(-1)
-    assert torch.equal(black, plain[..., 0] < 127)
+    low = plain[..., 0] < 127
+    assert black[low].all() and black[~low].float().mean() < 0.1  # the darkest corner of the colours is black too
     with pytest.raises(explain.ExplainError, match="lower the threshold"):
         explain.pca(features, foreground=1.5)
 

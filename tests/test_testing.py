@@ -198,7 +198,7 @@ def test_each_broken_promise_is_named(sentence, monkeypatch):
         monkeypatch.setitem(registry.ARCHITECTURES, "tiny_for_tests", lambda width=8: build())
     with pytest.raises(AssertionError, match=sentence) as caught:
         check_backbone(build, export=False)
-    assert "\n" not in str(caught.value).split("; check")[0]
+    assert "\n" not in str(caught.value).split("; mend")[0]
 
 
 def test_layers_out_of_range_must_be_refused():

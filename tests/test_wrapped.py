@@ -232,7 +232,9 @@ def test_vit_takes_other_sizes_and_names_the_rule():
     assert model(image=torch.randn(1, 3, 48, 80)).grid == {"image": (3, 5)}
     with pytest.raises(WrappedError, match="multiples of 16"):
         model(image=torch.randn(1, 3, 50, 80))
-    fixed = create_model("timm/swin_tiny_patch4_window7_224", image_size=56)
+    swin = create_model("timm/swin_tiny_patch4_window7_224", image_size=56)  # pads its windows
+    assert swin(image=torch.randn(1, 3, 64, 96)).grid == {"image": (2, 3)}
+    fixed = create_model("timm/levit_128s")
     with pytest.raises(WrappedError, match=r"image_size=\(64, 64\)"):
         fixed(image=torch.randn(1, 3, 64, 64))
 

@@ -105,6 +105,10 @@ def resolve_layers(layers: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(index % count for index in layers)
 
 
+class ArgumentError(TypeError, ValueError):
+    """An architecture does not take an argument."""
+
+
 ARCHITECTURES: dict[str, Callable[..., Backbone]] = {}
 
 
@@ -132,7 +136,7 @@ def create_model(name: str, **arguments: Any) -> Backbone:
             libraries' image towers.
         **arguments: passed to the architecture; unknown ones raise.
     Raises:
-        ValueError: unknown name; the message offers the nearest.
+        ValueError: unknown name, the message offers the nearest; or an argument that the architecture does not take.
 
     Example:
         >>> create_model("elastic_vit_tiny").modalities
@@ -146,7 +150,12 @@ def create_model(name: str, **arguments: Any) -> Backbone:
     known = architectures()
     if name not in known:
         raise ValueError(unknown_name("architecture", name, known))
-    model = known[name](**arguments)
+    try:
+        model = known[name](**arguments)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ArgumentError(f"architecture {name!r}: {error}") from error
     model.architecture = name
     if "arguments" not in vars(model):  # a class that records all its arguments is rebuilt even after defaults change
         model.arguments = arguments

@@ -279,8 +279,12 @@ class ElasticViT(_Tokens):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size}: must be a multiple of patch_size {patch_size}")
+        if not head_dim <= min_width <= max_width or width_step < 1:
+            raise ValueError(f"widths {min_width}..{max_width} by {width_step}: expected {head_dim} <= min_width <= max_width")
         if any(value % head_dim for value in (min_width, max_width, width_step)) or (max_width - min_width) % width_step:
             raise ValueError(f"widths {min_width}..{max_width} by {width_step}: all must be multiples of head_dim {head_dim}")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path {drop_path}: expected 0 up to, not including, 1")
         if not 1 <= min_depth <= max_depth:
             raise ValueError(f"depths {min_depth}..{max_depth}: expected 1 <= min_depth <= max_depth")
         self.architecture = "elastic_vit"
@@ -437,13 +441,14 @@ class ElasticViT(_Tokens):
             32
         """
         subnet = self.check_subnet(subnet)
-        width, scale = subnet.width, self.widths[-1] / subnet.width
+        width = subnet.width
         hidden = self.blocks[0].mlp.fc1.out_features * width // self.widths[-1]
         own = self.state_dict()
 
         def narrow(name: str, out: int, groups: int = 1) -> dict[str, Tensor]:
             weight, bias = own[f"{name}.weight"], own[f"{name}.bias"]
             inputs = width if weight.shape[1] == self.widths[-1] else hidden
+            scale = weight.shape[1] / inputs
             weight = weight.view(groups, -1, weight.shape[1])[:, :out, :inputs].reshape(-1, inputs)
             return {"weight": weight * scale, "bias": bias.view(groups, -1)[:, :out].reshape(-1)}
 
@@ -454,7 +459,12 @@ class ElasticViT(_Tokens):
             old, new = f"blocks.{index}", f"blocks.{position}"
             for leaf in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
                 tensors[f"{new}.{leaf}"] = own[f"{old}.{leaf}"][:width]
-            for name, out, groups in (("attn.qkv", width, 3), ("attn.proj", width, 1), ("mlp.fc1", hidden, 1), ("mlp.fc2", width, 1)):
+            for name, out, groups in (
+                ("attn.qkv", width, 3),
+                ("attn.proj", width, 1),
+                ("mlp.fc1", hidden, 1),
+                ("mlp.fc2", width, 1),
+            ):
                 for leaf, tensor in narrow(f"{old}.{name}", out, groups).items():
                     tensors[f"{new}.{name}.{leaf}"] = tensor
         model = vit(
@@ -472,9 +482,7 @@ class ElasticViT(_Tokens):
         model.preprocess = self.preprocess
         return model.to(self.pos_embed.device, self.pos_embed.dtype).eval()
 
-    def fit_budget(
-        self, *, latency_ms: float | None = None, params: int | None = None, batch: int = 1, repeats: int = 15
-    ) -> Fit:
+    def fit_budget(self, *, latency_ms: float | None = None, params: int | None = None, batch: int = 1, repeats: int = 15) -> Fit:
         """The largest subnet within a budget that is measured on this machine.
 
         Args:
@@ -489,7 +497,8 @@ class ElasticViT(_Tokens):
         subnets = sorted(self.list_subnets(), key=lambda subnet: (self.count_parameters(subnet), subnet))
         fitting = [s for s in subnets if params is None or self.count_parameters(s) <= params]
         if not fitting:
-            raise ValueError(f"fit_budget: no subnet has at most {params} parameters; the smallest has {self.count_parameters(subnets[0])}")
+            least = self.count_parameters(subnets[0])
+            raise ValueError(f"fit_budget: no subnet has at most {params} parameters; the smallest has {least}")
         measured: dict[Subnet, tuple[int, float | None]] = {}
         if latency_ms is None:
             best = fitting[-1]
@@ -621,7 +630,7 @@ def vit(
         embed_dim=width,
         depth=depth,
         num_heads=width // head_dim,
-        mlp_ratio=mlp_ratio,
+        mlp_ratio=(int(width * mlp_ratio + 1e-6) + 0.5) / width,  # timm rounds down, also where the product is a hair too small
         init_values=layer_scale,
         norm_layer=lambda size, **_: nn.LayerNorm(size, eps=NORM_EPS),
         num_classes=0,
@@ -638,7 +647,7 @@ def elastic_vit(**arguments) -> ElasticViT:
 @register
 def elastic_vit_tiny(**arguments) -> ElasticViT:
     """For small pictures and two cores: 28 px, patch 7, widths 64..128, depths 2..6, heads of 32; 1.2 M parameters."""
-    small = dict(image_size=28, patch_size=7, min_width=64, max_width=128, width_step=32, min_depth=2, max_depth=6, head_dim=32)
+    small = dict(image_size=28, patch_size=7, min_width=64, max_width=128, width_step=32, min_depth=2, max_depth=6, head_dim=32, layer_scale=0.1)
     return ElasticViT(**{**small, **arguments})
 
 

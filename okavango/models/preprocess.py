@@ -9,6 +9,7 @@ Version 1 of the format is final: fields are only added with a default, a change
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,7 @@ class Resize:
         corners: "half_pixel" (torchvision, PIL) or "aligned" (`align_corners=True`).
         crop_ratio: the input is scaled to `size / crop_ratio` before the centre crop (timm's crop_pct).
         multiple_of: when rule is "none", sides must divide by this; 1 allows any.
-        fill: value of padded cells, in the units after normalisation.
+        fill: value of padded cells, in the units of what is resized, see `on`.
         on: "native" resizes before the value scale is applied (8-bit images), "normalised" resizes the normalised float tensor.
     """
 
@@ -49,6 +50,13 @@ class Resize:
     fill: float = 0.0
     on: Literal["native", "normalised"] = "native"
 
+    def __post_init__(self):
+        _check_choices(self)
+        if self.crop_ratio <= 0 or self.multiple_of < 1:
+            raise PreprocessError(
+                f"resize: crop_ratio {self.crop_ratio}, multiple_of {self.multiple_of}; expected above 0, at least 1"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Normalise:
@@ -57,11 +65,13 @@ class Normalise:
     Attributes:
         rule: "standard" (x - mean) / std; "minmax" (x - low) / (high - low); "stretch" the same, clipped to 0..1, then mean and std
             where given; "percentile" the same with percentiles of the sample; "zscore" mean and std of the sample itself;
-            "zscore_nonzero" the same over non-zero cells only, zero stays zero; "none".
-        mean, std, low, high: one number per channel, in the units after `scale` and `offset`.
+            "zscore_nonzero" the same over non-zero cells only, zero stays zero; "none". Standard deviations of a sample divide by
+            the number of cells.
+        mean, std, low, high: one number per channel, in the units after `scale` and `offset`; mean and std of "stretch" and
+            "percentile" are applied to their result, 0..1.
         percentiles: lower and upper percentile for "percentile".
         clip: bounds applied after the rule, or None.
-        quantise: round down to this many levels after a stretch (256 for 8-bit pipelines), 0 for none.
+        quantise: round down to this many levels after "stretch" or "percentile" (256 for 8-bit pipelines), 0 for none.
         batch_dependent: statistics are taken over the whole batch.
         origin: where the statistics come from, e.g. "imagenet-1k train".
     """
@@ -77,14 +87,26 @@ class Normalise:
     batch_dependent: bool = False
     origin: str = ""
 
+    def __post_init__(self):
+        _check_choices(self)
+        needed = {"standard": ("mean", "std"), "minmax": ("low", "high"), "stretch": ("low", "high")}.get(self.rule, ())
+        for name in needed:
+            if not getattr(self, name):
+                raise PreprocessError(f"normalise: rule {self.rule!r} needs {name}, one number per channel")
+        if len(self.mean) != len(self.std) or len(self.low) != len(self.high):
+            raise PreprocessError("normalise: mean and std, low and high come in pairs of the same length")
+        if self.rule in ("minmax", "zscore", "zscore_nonzero", "none") and self.mean:
+            raise PreprocessError(f"normalise: rule {self.rule!r} takes no mean and std; leave them out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
     """Photographs and other pictures of few channels.
 
     Attributes:
-        channels: names in the order that the network expects, e.g. ("red", "green", "blue"). A picture of one channel is repeated
-            for an RGB network; alpha is dropped.
+        channels: names in the order that the network expects, e.g. ("red", "green", "blue"). Pictures of three channels are RGB
+            and are reordered when the network wants another order. A picture of one channel is repeated for a network of three;
+            alpha is dropped.
         size: height and width in pixels.
         scale, offset: network value = stored value * scale + offset, before normalisation (1/255 for 8-bit input).
         resize, normalise: see there.
@@ -98,6 +120,9 @@ class Image:
     normalise: Normalise = field(
         default_factory=lambda: Normalise(rule="standard", mean=IMAGENET_MEAN, std=IMAGENET_STD, origin="imagenet-1k train")
     )
+
+    def __post_init__(self):
+        _check_channels(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +157,9 @@ class Raster:
     resize: Resize = field(default_factory=Resize)
     normalise: Normalise = field(default_factory=Normalise)
 
+    def __post_init__(self):
+        _check_channels(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Volume:
@@ -159,6 +187,9 @@ class Volume:
     foreground: bool = False
     resize: Resize = field(default_factory=lambda: Resize(rule="crop", interpolation="bilinear"))
     normalise: Normalise = field(default_factory=lambda: Normalise(rule="zscore_nonzero"))
+
+    def __post_init__(self):
+        _check_channels(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,9 +249,9 @@ class Preprocess(Mapping[str, InputSpec]):
         """Turn raw inputs into batches of tensors that the backbone takes as ``model(**result)``.
 
         Args:
-            **inputs: per modality one sample, a list of samples or a batch: uint8 or float arrays (H, W), (H, W, C) for numpy and PIL,
-                (C, H, W) for tensors, with a leading B for a batch. 8-bit values are 0..255, floats are in the units that
-                `scale` and `offset` start from.
+            **inputs: per modality one sample, a list of samples or a batch: uint8 or float, (H, W) or (H, W, C) for numpy and PIL,
+                (H, W) or (C, H, W) for tensors, with a leading B for a batch. 8-bit values are 0..255, floats are in the units
+                that `scale` and `offset` start from.
         Returns:
             modality -> float32 tensor (B, C, H, W).
         Raises:
@@ -252,24 +283,29 @@ class Preprocess(Mapping[str, InputSpec]):
         """Read what `to_json` wrote.
 
         Raises:
-            PreprocessError: unknown version, kind or field.
+            PreprocessError: unknown version, kind, field or choice; a field that is missing.
         """
         if data.get("version") != FORMAT_VERSION:
             raise PreprocessError(
-                f"preprocess format {data.get('version')!r}: this version of okavango reads {FORMAT_VERSION}; install a newer okavango"
+                f"preprocess format {data.get('version')!r}: this okavango reads {FORMAT_VERSION}; install a newer one"
             )
+        if not isinstance(data.get("specs"), Mapping):
+            raise PreprocessError("preprocess: field 'specs' is missing; expected modality -> spec")
         specs = {}
         for name, entry in data["specs"].items():
+            kind = entry.get("kind") if isinstance(entry, Mapping) else None
+            if kind not in _KINDS:
+                raise PreprocessError(f"preprocess of {name!r}: unknown kind {kind!r}; expected {', '.join(_KINDS)}")
             fields = {key: value for key, value in entry.items() if key != "kind"}
-            if entry.get("kind") not in _KINDS:
-                raise PreprocessError(f"preprocess of {name!r}: unknown kind {entry.get('kind')!r}; expected {', '.join(_KINDS)}")
-            specs[name] = _build(_KINDS[entry["kind"]], fields, f"preprocess of {name!r}")
+            specs[name] = _build(_KINDS[kind], fields, f"preprocess of {name!r}")
         return cls(specs)
 
 
-def _build(cls: type, fields: Mapping, where: str):
+def _build(cls: type, fields: Any, where: str):
     """A frozen dataclass from JSON: lists become tuples, nested specs are built, unknown fields are refused."""
-    hints = typing.get_type_hints(cls)
+    if not isinstance(fields, Mapping):
+        raise PreprocessError(f"{where}: expected a JSON object, got {fields!r}")
+    hints = _hints(cls)
     unknown = set(fields) - set(hints)
     if unknown:
         raise PreprocessError(f"{where}: unknown field {sorted(unknown)[0]!r}; expected {', '.join(hints)}")
@@ -283,8 +319,38 @@ def _build(cls: type, fields: Mapping, where: str):
         elif value is None and not (isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)):
             raise PreprocessError(f"{where}: {key} must not be null")
         values[key] = value
+    for each in dataclasses.fields(cls):
+        required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        if required and each.name not in values:
+            raise PreprocessError(f"{where}: field {each.name!r} is missing")
     return cls(**values)
 
 
 def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _check_choices(spec: Resize | Normalise) -> None:
+    """Each field of a few allowed values holds one of them."""
+    for name, hint in _hints(type(spec)).items():
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        if choices and getattr(spec, name) not in choices:
+            what = type(spec).__name__.lower()
+            raise PreprocessError(f"{what}: {name} {getattr(spec, name)!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_channels(spec: Image | Raster | Volume) -> None:
+    """What is given per channel is given for each of them."""
+    count, rule = len(spec.channels), spec.normalise
+    numbers = {"mean": rule.mean, "std": rule.std, "low": rule.low, "high": rule.high}
+    if isinstance(spec, Raster):
+        numbers |= {"wavelengths": spec.wavelengths, "scale": spec.scale, "offset": spec.offset}
+    for name, values in numbers.items():
+        single = name in ("scale", "offset") and len(values) == 1
+        if values and not single and len(values) != count:
+            raise PreprocessError(f"{name} has {len(values)} numbers for {count} channels: {', '.join(spec.channels)}")

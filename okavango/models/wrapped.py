@@ -191,7 +191,7 @@ def _timm(name: str, size: Size | None, pretrained: bool | str) -> Timm:
             options["pretrained_cfg_overlay"] = {"file": pretrained}
 
     def build() -> nn.Module:
-        try:  # the class is not known beforehand; only plain vision transformers know the option
+        try:  # the class is not known beforehand; plain vision transformers and Swin know the option
             return timm.create_model(name, **options, dynamic_img_size=True)
         except TypeError:
             return timm.create_model(name, **options)

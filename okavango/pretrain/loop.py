@@ -83,12 +83,15 @@ def train(
 def make_accelerator(recipe: Recipe, out: Path):
     """accelerate's process setup, mixed precision and trackers for a recipe."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
 
     run = recipe.run
+    if not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)  # it is a singleton: an earlier run in this process may differ
     if run.threads:
         torch.set_num_threads(run.threads)
     # Which parameters have a gradient depends on the step (subnets, masks), so DDP has to look for the others.
-    replicate = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    replicate = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(
         mixed_precision={"fp32": "no"}.get(run.precision, run.precision),
         log_with=list(run.trackers) or None,
@@ -183,8 +186,8 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
             _export(objective, template, out, recipe, card, main)
         if main:
             learning_curves(out / "log.jsonl", out / "curves.png")
+    accelerator.wait_for_everyone()  # the first process may still be writing
     log.close()
-    accelerator.wait_for_everyone()
     return out
 
 
@@ -247,7 +250,7 @@ def _resume(objective, optimiser, average, recipe: Recipe, out: Path, world: int
             say(f"resuming with {key} {here.get(key)}, the state was written with {value}: the result may differ in the last bits")
     if (was := found.meta["recipe"]) != (now := json.loads(json.dumps(_essence(recipe)))):
         changed = ", ".join(key for key in now if now[key] != was.get(key))
-        raise RunError(f"{out} holds a run with another recipe ({changed} differ); choose another --out, or repeat the old settings")
+        raise RunError(f"{out} holds a run with another recipe ({changed} differ); choose another --out or repeat the old settings")
     with torch.no_grad():
         _load_into(objective.state_dict(), found.tensors("objective"))
         if average.mean:
@@ -318,7 +321,7 @@ def _preflight(objective, batches: Batches, accelerator, out: Path, run, say) ->
         else:
             losses["loss"].backward()
     except torch.cuda.OutOfMemoryError:
-        problems.append(f"a batch of {run.batch} does not fit into the device's memory; lower --run.batch or raise --run.accumulate")
+        problems.append(f"a batch of {run.batch} does not fit into the device's memory; lower --batch or raise --accumulate")
     parameters = sum(p.numel() for p in objective.parameters())
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     need = 4 * (parameters + 2 * trained) * (run.keep + 1) + 8 * parameters
@@ -332,7 +335,7 @@ def _preflight(objective, batches: Batches, accelerator, out: Path, run, say) ->
     except OSError as error:
         problems.append(f"{out} cannot be written: {error}")
     if (peak := _peak_memory()) and (total := _total_memory()) and peak > 0.9 * total:
-        problems.append(f"one step took {peak / 2**30:.1f} GiB of {total / 2**30:.1f} GiB of memory; lower --run.batch")
+        problems.append(f"one step took {peak / 2**30:.1f} GiB of {total / 2**30:.1f} GiB of memory; lower --batch")
     objective.zero_grad(set_to_none=True)
     for name, buffer in objective.named_buffers():
         buffer.copy_(buffers[name])
@@ -465,7 +468,7 @@ def _evaluate(objective, evaluators: Mapping[str, Evaluator], main: bool) -> dic
 def _check_bad(bad: int, seen: int, share: float) -> None:
     if seen >= 100 and bad > share * seen:
         raise RunError(
-            f"{bad} of {seen} samples could not be read, more than the share of {share:g} that --run.bad-share allows; "
+            f"{bad} of {seen} samples could not be read, more than the share of {share:g} that --bad-share allows; "
             "the lines above name them"
         )
 
@@ -480,12 +483,14 @@ def _save_for_replay(out: Path, objective, batch, step: int, micro: int, rank: i
 
     folder = out / f"not-finite-step-{step}-rank-{rank}"
     folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: _full(tensor).detach().cpu().clone() for name, tensor in objective.state_dict().items()}
     tensors = {name: value.cpu().contiguous() for name, value in batch.items() if isinstance(value, Tensor)}
+    save_file(weights, folder / "objective.safetensors")
     save_file(tensors, folder / "batch.safetensors")
-    save_file({name: _full(t).detach().cpu().clone() for name, t in objective.state_dict().items()}, folder / "objective.safetensors")
     shown = {name: float(_full(value)) for name, value in values.items()}
     seed = derive(recipe.run.seed, "model", step, rank, micro)
-    state.write_json(folder / "meta.json", {"step": step, "micro": micro, "rank": rank, "seed": seed, "values": {k: str(v) for k, v in shown.items()}})
+    where = {"step": step, "micro": micro, "rank": rank, "seed": seed}
+    state.write_json(folder / "meta.json", {**where, "values": {name: str(value) for name, value in shown.items()}})
     bad = ", ".join(name for name, value in shown.items() if not math.isfinite(value)) or "another process"
     raise RunError(
         f"step {step}: not finite: {bad}; batch, weights and seed are in {folder} "

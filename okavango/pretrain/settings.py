@@ -5,10 +5,31 @@ Durations are fractions of the run, so that `--steps` alone makes a run shorter 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
+
+
+class SettingError(ValueError):
+    """A setting has a value that no run can have; the message names its option."""
+
+
+def require(settings: Any, prefix: str, low: float, high: float = math.inf, *, names: str) -> None:
+    """Check that fields, or all numbers of fields that hold several, lie within low..high.
+
+    Args:
+        settings: a dataclass; prefix: of its options on the command line; names: of the fields, with spaces between.
+    Raises:
+        SettingError: one does not.
+    """
+    for name in names.split():
+        value = getattr(settings, name)
+        if not all(low <= number <= high for number in (value if isinstance(value, tuple) else (value,))):
+            option = f"--{prefix}{name}".replace("_", "-")
+            expected = f"at least {low:g}" if high == math.inf else f"{low:g}..{high:g}"
+            raise SettingError(f"{option} {value}: expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +55,20 @@ class Crops:
     grayscale: float = 0.2
     """probability of grey pictures"""
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
-    """probability of Gaussian blur: first global, second global, locals; the released code of DINOv2 and POA really used 0.0 0.9 0.5"""
+    """probability of Gaussian blur: first global, second global, locals; the released code really used 0.0 0.9 0.5"""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """standard deviation of the blur in pixels"""
     solarize: float = 0.2
     """probability of solarisation of the second global crop"""
     recolour: float = 0.0
     """probability of random foreground and background colours (for grey pictures)"""
+
+    def check(self, prefix: str = "objective.crops.") -> None:
+        """Refuse values out of range; see `require`."""
+        require(self, prefix, 1, names="global_size local_size")
+        require(self, prefix, 0, names="locals jitter blur_sigma")
+        require(self, prefix, 0, 1, names="global_scale local_scale flip grayscale blur solarize recolour")
+        require(self, prefix, 1e-3, names="ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +97,13 @@ class Optim:
     """greatest L2 norm of each clip group's gradient, 0 for none"""
     ema: float = 0.0
     """momentum of the loop's own average of all trained weights, 0 for none"""
+
+    def check(self, prefix: str = "optim.") -> None:
+        """Refuse values out of range; see `require`."""
+        require(self, prefix, 0, names="lr lr_end weight_decay eps clip")
+        require(self, prefix, 0, 1, names="warmup betas ema")
+        require(self, prefix, 1, names="lr_batch")
+        require(self, prefix, 1e-3, names="stretch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +143,14 @@ class Run:
     threads: int = 0
     """threads of torch, 0 leaves them as they are"""
 
+    def check(self, prefix: str = "") -> None:
+        """Refuse values out of range; see `require`."""
+        require(self, prefix, 1, names="steps batch accumulate save_every keep log_every")
+        require(self, prefix, 0, names="seed workers eval_every threads")
+        require(self, prefix, 0, 1, names="bad_share")
+        if self.batch % self.accumulate:
+            raise SettingError(f"--batch {self.batch}: expected a multiple of --accumulate {self.accumulate}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -128,6 +171,20 @@ class Recipe:
     run: Annotated[Run, arg(name="")] = field(default_factory=Run)
     """the loop"""
 
+    def check(self) -> None:
+        """Refuse what no run can have, before anything is loaded.
+
+        Raises:
+            SettingError: a number out of range, or neither a checkpoint to start from nor an architecture.
+        """
+        for settings in (self.run, self.optim, getattr(self, "objective", None)):
+            if hasattr(settings, "check"):
+                settings.check()
+        if not self.start and not self.model:
+            raise SettingError(
+                f"recipe {self.name} starts from a checkpoint: give --start CHECKPOINT, or --model NAME for an untrained one"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class POASettings:
@@ -140,7 +197,7 @@ class POASettings:
     same_view: bool = True
     """distil the intact student into the elastic one on the same crops"""
     sampling_scale: float = 3.0
-    """how much likelier the smallest width and depth are drawn than the largest (the paper's 3; the code used 2 for Swin and ResNet)"""
+    """how much likelier the smallest width and depth are drawn than the largest (paper: 3; code: 2 for Swin and ResNet)"""
     shared_subnet: bool = False
     """all processes train the same subnet at a step (needed by sharded blocks)"""
     prototypes: tuple[int, ...] = (8192, 16384, 32768, 65536)
@@ -172,7 +229,7 @@ class POASettings:
     koleo: float = 0.1
     """weight of the KoLeo entropy term"""
     pair_weights: Literal["pairs", "crops"] = "pairs"
-    """pairs: every student crop x teacher view counts the same (the code); crops: mean of globals + mean of locals (the paper's Eq. 8-10)"""
+    """pairs: all (student crop, teacher view) pairs count the same (code); crops: mean of globals + mean of locals (paper)"""
     koleo_rule: Literal["mean", "sum"] = "mean"
     """KoLeo over the two students: mean (the code) or sum (the paper)"""
     layer_decay: float = 0.9
@@ -182,6 +239,17 @@ class POASettings:
     last_layer_freeze: float = 1 / 346
     """fraction of the run in which the prototypes stay as they are"""
     crops: Crops = field(default_factory=Crops)
+
+    def check(self, prefix: str = "objective.") -> None:
+        """Refuse values out of range; see `require`."""
+        require(self, prefix, 1, names="prototypes head_hidden head_bottleneck sampling_scale")
+        require(self, prefix, 1e-4, names="student_temperature teacher_temperature stretch")
+        require(self, prefix, 0, names="koleo patch_embed_lr")
+        shares = "balance teacher_temperature_warmup momentum ibot_start mask_probability mask_ratio layer_decay last_layer_freeze"
+        require(self, prefix, 0, 1, names=shares)
+        if not self.prototypes:
+            raise SettingError(f"--{prefix}prototypes: expected at least one number")
+        self.crops.check(f"{prefix}crops.")
 
     def build(self, backbone, classes, run):
         """The objective for a backbone; `run` gives its length and seed."""

@@ -29,6 +29,8 @@ class ClassifierSettings:
 
         from okavango.downstream.classification.head import Classifier
 
+        if not classes:
+            raise ValueError("fine-tuning needs labels: pictures in one sub-folder per class, or shards with .cls members")
         return Classifier(backbone, classes, **asdict(self))
 
 
@@ -46,7 +48,9 @@ def classify() -> FinetuneRecipe:
     """Fine-tune all of a backbone for classification, as is usual for pretrained ViTs: layer decay, smoothing, weight average."""
     return FinetuneRecipe(
         name="classify",
-        optim=Optim(lr=1e-3, lr_batch=256, lr_scaling="linear", lr_end=1e-6, warmup=0.1, weight_decay=(0.05, 0.05), clip=1.0, ema=0.999),
+        optim=Optim(
+            lr=1e-3, lr_batch=256, lr_scaling="linear", lr_end=1e-6, warmup=0.1, weight_decay=(0.05, 0.05), clip=1.0, ema=0.999
+        ),
         run=Run(steps=2000, batch=64, save_every=500, eval_every=0),
     )
 

@@ -67,36 +67,38 @@ def poa_fashion() -> PretrainRecipe:
     """The elastic tiny ViT on the 10,000 Fashion-MNIST pictures that ship in the package.
 
     Pictures are 28 pixels wide and grey, so the crops are small and colour is made up: random foreground and background colours.
+    The run is short, so few prototypes and a sharp teacher at first: a student can only learn from targets that vary more than
+    its own outputs, which asks for (correlation of two views) x (student temperature) > (teacher temperature).
     """
     return PretrainRecipe(
         name="poa_fashion",
         data="samples/fashion",
         model="elastic_vit_tiny",
         objective=POASettings(
-            prototypes=(256, 512, 1024, 2048),
+            prototypes=(32, 64, 128, 256),
             head_hidden=256,
-            head_bottleneck=64,
+            head_bottleneck=256,
+            teacher_temperature=(0.015, 0.04),
+            teacher_temperature_warmup=0.5,
             momentum=(0.99, 0.9999),
-            teacher_temperature_warmup=0.1,
             ibot_start=0.1,
-            last_layer_freeze=0.01,
-            layer_decay=0.95,
+            last_layer_freeze=0.03,
+            layer_decay=1.0,
+            patch_embed_lr=0.5,
             crops=Crops(
                 global_size=28,
                 local_size=14,
                 locals=4,
-                global_scale=(0.4, 1.0),
-                local_scale=(0.1, 0.4),
+                global_scale=(0.5, 1.0),
+                local_scale=(0.3, 0.7),
                 blur=(0.2, 0.1, 0.1),
                 blur_sigma=(0.1, 1.0),
-                solarize=0.2,
-                jitter=(0.8, 0.4, 0.4, 0.2, 0.1),
-                grayscale=0.2,
-                recolour=0.5,
+                solarize=0.0,
+                recolour=0.3,
             ),
         ),
         optim=Optim(lr=0.002, lr_batch=256, lr_end=1e-5, warmup=0.05, clip=3.0),
-        run=Run(steps=2000, batch=128, save_every=200, eval_every=200, workers=1, trackers=()),
+        run=Run(steps=3000, batch=64, save_every=250, eval_every=250, workers=1, trackers=()),
     )
 
 
@@ -128,7 +130,7 @@ def dinov2_tiny() -> PretrainRecipe:
     return _as_dinov2(poa_tiny(), "dinov2_tiny", 48)
 
 
-RECIPES: dict[str, Callable[[], PretrainRecipe]] = {
+PRETRAIN: dict[str, Callable[[], PretrainRecipe]] = {
     recipe.__name__: recipe
     for recipe in (
         poa_tiny,

@@ -81,11 +81,14 @@ def read_official(
         ValueError: not a ViT checkpoint of the published code.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        tensors = load_file(path)
-    else:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
         tensors = tensors.get("teacher", tensors)
+    except Exception as error:  # a torn or foreign file makes the readers raise almost anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path}: not a file of weights ({type(error).__name__}: {reason})") from None
     backbone = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items() if not name.startswith("dino_head.")}
     if "pos_embed" not in backbone or "blocks.0.attn.qkv.linear.weight" not in backbone:
         raise ValueError(f"{path}: no ViT teacher of the published POA code (keys like backbone.blocks.0.attn.qkv.linear.weight)")

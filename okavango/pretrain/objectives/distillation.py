@@ -26,8 +26,11 @@ class ProjectionHead(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.fc3 = nn.Linear(hidden, bottleneck)
+        # The published 0.02 keeps the scale of signals at 2048 hidden units. A narrow head with it would shrink them until the
+        # biases, which grow by the learning rate a step, make all outputs equal; the targets are uniform then and stay so.
+        std = 0.02 * (2048 / hidden) ** 0.5
         for layer in (self.fc1, self.fc2, self.fc3):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.trunc_normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
         self.last_g = nn.Parameter(torch.ones(prototypes, 1))
         self.last_v = nn.Parameter(nn.Linear(bottleneck, prototypes, bias=False).weight.detach())
@@ -132,7 +135,7 @@ def koleo(features: Tensor) -> Tensor:
         unit = F.normalize(features.float(), dim=-1, eps=1e-8)
         with torch.no_grad():
             similarity = unit @ unit.t()
-            similarity.fill_diagonal_(-1)
+            similarity.fill_diagonal_(-2)  # below any cosine, also that of opposite vectors
             nearest = similarity.argmax(1)
         distance = (unit - unit[nearest] + 1e-8).norm(dim=1)
         return -(distance + 1e-8).log().mean()

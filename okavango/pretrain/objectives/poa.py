@@ -91,6 +91,8 @@ class POA(nn.Module):
         super().__init__()
         if settings.elastic and not isinstance(backbone, ElasticViT):
             raise ValueError(f"{backbone.architecture} is not elastic; use an elastic_vit_* model or --objective.no-elastic")
+        if not hasattr(backbone, "patch_size"):
+            raise ValueError(f"{backbone.architecture} has no patches that could be hidden from it; use an elastic_vit_* model")
         self.settings, self.steps, self.seed = settings, steps, seed
         width = backbone.feature_info.channels
         heads = ProjectionHeads(width, settings.head_hidden, settings.head_bottleneck, settings.prototypes)
@@ -197,7 +199,8 @@ class POA(nn.Module):
         targets = self._targets(batch, hidden, step)
         crops = len(batch["global"])
         pairs = 2 * (len(batch["local"]) * 2 // crops)
-        global_weight, local_weight = (2 / (2 + pairs), 1 / (2 + pairs)) if settings.pair_weights == "pairs" else (1, 1 / max(1, pairs))
+        by_pairs = settings.pair_weights == "pairs"
+        global_weight, local_weight = (2 / (2 + pairs), 1 / (2 + pairs)) if by_pairs else (1, 1 / max(1, pairs))
 
         def student(subnet: Subnet | None) -> tuple[dict[str, Tensor], list]:
             features, logits = self._branch(self.student, batch, masks, hidden, subnet)
@@ -266,7 +269,7 @@ class POA(nn.Module):
             wd = 0.0 if name.endswith("bias") or "norm" in name or "gamma" in name else 1.0
             frozen = round(settings.last_layer_freeze * self.steps) if ".last_" in name else 0
             groups.setdefault((lr, wd, frozen), []).append((f"student.{name}", parameter))
-        return [{"params": params, "lr_mult": lr, "wd_mult": wd, "start_step": frozen} for (lr, wd, frozen), params in groups.items()]
+        return [{"params": params, "lr_mult": lr, "wd_mult": wd, "start_step": start} for (lr, wd, start), params in groups.items()]
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         """Backbone and heads are clipped apart."""
