@@ -52,7 +52,9 @@ def mixer(**arguments) -> Mixer:
 def main() -> None:
     print("checked:", ", ".join(ok.testing.check_backbone("mixer")))
     model = ok.create_model("mixer", depth=3).eval()
-    print(f"{model.architecture}: {sum(p.numel() for p in model.parameters()):,} parameters, input {model.preprocess['image'].size}")
+    print(
+        f"{model.architecture}: {sum(p.numel() for p in model.parameters()):,} parameters, input {model.preprocess['image'].size}"
+    )
 
 
 if __name__ == "__main__":

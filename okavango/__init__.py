@@ -6,6 +6,8 @@ Importing this module imports neither torch nor anything that opens a socket; at
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -49,6 +51,17 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Package(ModuleType):
+    """Importing the folder `okavango.pretrain` must not hide the verb of the same name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "pretrain" or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 if TYPE_CHECKING:

@@ -198,9 +198,10 @@ def check_layers(model: Backbone, inputs: Mapping[str, Any]) -> None:
     who, info = type(model).__name__, model.feature_info
     plain = model(inputs)
     _expect(not plain.layers, f"{who}: layers {sorted(plain.layers)} were returned, but none was asked for")
-    features = model(inputs, layers=(0, -1))
-    wanted = {0, info.layers - 1}
-    _expect(set(features.layers) == wanted, f"{who}: layers=(0, -1) returned {sorted(features.layers)}; expected {sorted(wanted)}")
+    asked = (0, -1) if info.layers else ()
+    features = model(inputs, layers=asked)
+    wanted = {index % info.layers for index in asked}
+    _expect(set(features.layers) == wanted, f"{who}: layers={asked} returned {sorted(features.layers)}; expected {sorted(wanted)}")
     for index, layer in features.layers.items():
         for modality, tokens in layer.tokens.items():
             cells = math.prod(layer.grid[modality]) if modality in layer.grid else tokens.shape[1]

@@ -347,7 +347,7 @@ def _check_choices(spec: Resize | Normalise) -> None:
 def _check_channels(spec: Image | Raster | Volume) -> None:
     """What is given per channel is given for each of them."""
     count, rule = len(spec.channels), spec.normalise
-    numbers = {"mean": rule.mean, "std": rule.std, "low": rule.low, "high": rule.high}
+    numbers: dict[str, tuple] = {"mean": rule.mean, "std": rule.std, "low": rule.low, "high": rule.high}
     if isinstance(spec, Raster):
         numbers |= {"wavelengths": spec.wavelengths, "scale": spec.scale, "offset": spec.offset}
     for name, values in numbers.items():

@@ -1,0 +1,172 @@
+"""Every architecture of the library, and some of other libraries, keep every promise that `okavango.testing` knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from okavango.models.backbone import Backbone, architectures, create_model
+from okavango.models.features import Subnet
+from okavango.recipes import named
+from okavango.testing import check_backbone, check_objective, example_inputs
+
+ELASTIC = {
+    "image_size": 32,
+    "patch_size": 8,
+    "min_width": 16,
+    "max_width": 32,
+    "width_step": 16,
+    "min_depth": 1,
+    "max_depth": 3,
+    "head_dim": 16,
+}
+PLAIN = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "head_dim": 16}
+# Arguments that make an architecture small enough for a test. The larger ones differ from `elastic_vit` in their numbers only; their
+# true sizes are looked at on the meta device below.
+NATIVE: dict[str, dict] = {
+    "elastic_vit": ELASTIC,
+    "elastic_vit_tiny": {},
+    "elastic_vit_small": ELASTIC,
+    "elastic_vit_base": ELASTIC,
+    "elastic_vit_large": {**ELASTIC, "channels": 1},
+    "vit": PLAIN,
+}
+WRAPPED: dict[str, dict] = {
+    "timm/test_vit": {"image_size": 32},
+    "timm/test_resnet": {"image_size": 64},
+    "timm/test_convnext": {"image_size": 64, "num_classes": 3},
+    "torchvision/resnet18": {"image_size": 64},
+    "open_clip/okavango-smallest": {},
+}
+RULES = ["declarations", "shapes", "deterministic", "batch_independent", "layers", "unknown_modality", "backward"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def smallest_clip(tmp_path_factory):
+    """An image-text model with one block and 48 dimensions, known to open_clip by name."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("open_clip")
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
+    (folder / "okavango-smallest.json").write_text(json.dumps({"embed_dim": 48, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(folder)
+
+
+def builder(name: str, arguments: dict) -> Callable[[], Backbone]:
+    return lambda: create_model(name, **arguments)
+
+
+def test_no_architecture_is_left_out():
+    assert set(NATIVE) == set(architectures()), "a new architecture: give it small arguments here"
+    assert len({name.partition("/")[0] for name in WRAPPED}) == 3 and len(WRAPPED) >= 5
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_architectures(name, tmp_path):
+    checked = check_backbone(builder(name, NATIVE[name]), tmp=tmp_path)
+    elastic = ["subnets"] if name.startswith("elastic") else []
+    assert checked == [*RULES, *elastic, "checkpoint", "export"]
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapped_architectures(name, tmp_path, smallest_clip):
+    assert check_backbone(builder(name, WRAPPED[name]), tmp=tmp_path) == [*RULES, "checkpoint", "export"]
+
+
+def test_an_extracted_model_is_a_backbone_like_any_other(tmp_path):
+    checked = check_backbone(lambda: create_model("elastic_vit", **ELASTIC).extract(Subnet(16, 2)), tmp=tmp_path, export=False)
+    assert checked == [*RULES, "checkpoint"]
+
+
+def test_other_image_sizes():
+    assert "subnets" in check_backbone(builder("elastic_vit", ELASTIC), sizes={"image": (24, 40)}, export=False)
+    assert "layers" in check_backbone(builder("vit", PLAIN), sizes={"image": (24, 40)}, export=False)
+
+
+# name -> widths, depths, number of subnets, parameters of the intact network. ViT-S/16, B/16 and L/16 without a classifier have
+# 21,665,664, 85,798,656 and 303,301,632; ours have two layer scales a block and a mask token more.
+TRUE_SIZES = {
+    "elastic_vit_small": ((192, 384), (6, 12), 28, 21_665_664 + 12 * 2 * 384 + 384),
+    "elastic_vit_base": ((384, 768), (8, 12), 35, 85_798_656 + 12 * 2 * 768 + 768),
+    "elastic_vit_large": ((384, 1024), (12, 24), 143, 303_301_632 + 24 * 2 * 1024 + 1024),
+}
+
+
+@pytest.mark.parametrize("name", TRUE_SIZES)
+def test_true_sizes_on_the_meta_device(name):
+    (low, high), (shallow, deep), count, parameters = TRUE_SIZES[name]
+    with torch.device("meta"):
+        model = create_model(name).eval()
+    subnets = model.list_subnets()
+    assert len(subnets) == count and min(subnets) == Subnet(low, shallow) and max(subnets) == Subnet(high, deep)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    info = model.feature_info
+    assert (info.channels, info.layers, info.strides) == (high, deep, (16,) * deep)
+    images = example_inputs(model, 2)["image"].to("meta")
+    assert images.shape == (2, 3, 224, 224)
+    for subnet in (None, Subnet(low, shallow)):
+        features = model(image=images, subnet=subnet, layers=(-1,))
+        width = high if subnet is None else low
+        assert features.pooled.shape == (2, width) and features.tokens["image"].shape == (2, 196, width)
+        assert features.grid == {"image": (14, 14)}
+        assert set(features.layers) == {(deep if subnet is None else shallow) - 1}
+
+
+# -- objectives ---------------------------------------------------------------------------------------------------------------
+
+
+def pictures(count: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"image": torch.randint(0, 256, (3, 28 + i, 30), generator=generator, dtype=torch.uint8), "id": str(i), "label": i % 2}
+        for i in range(count)
+    ]
+
+
+OBJECTIVES = {
+    "poa": ("poa_tiny", {}, 0),
+    "poa before patches are masked": ("poa_tiny", {"ibot_start": 0.5}, 0),
+    "poa after patches are masked": ("poa_tiny", {}, 10),
+    "poa with softmax centring": ("poa_tiny", {"centering": "softmax"}, 10),
+    "poa without patches, crops or a shared view": ("poa_tiny", {"ibot": False, "koleo": 0.0, "same_view": False}, 0),
+    "poa as in the paper": ("poa_tiny", {"pair_weights": "crops", "koleo_rule": "sum"}, 10),
+    "dinov2": ("poa_tiny", {"elastic": False}, 10),
+    "dinov2 by its recipe": ("dinov2_tiny", {}, 0),
+}
+OBJECTIVE_RULES = ["exports", "transform", "collate", "param_groups", "clip_groups", "forward", "backward", "after_step"]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_self_distillation(name):
+    recipe, changes, step = OBJECTIVES[name]
+    recipe = named(recipe, "pretrain")
+    settings = replace(recipe.objective, **changes)
+    settings.check()
+    objective = settings.build(create_model(recipe.model, **recipe.model_args), (), recipe.run)
+    assert (len(objective.pool) > 0) == settings.elastic
+    assert check_objective(objective, pictures(4), step=step) == OBJECTIVE_RULES
+
+
+@pytest.mark.parametrize("recipe", ["classify", "classify_frozen"])
+@pytest.mark.parametrize("architecture", ["elastic_vit_tiny", "vit", "timm/test_resnet"])
+def test_classifier(recipe, architecture):
+    recipe = named(recipe, "finetune")
+    backbone = create_model(architecture, **{**NATIVE, **WRAPPED}[architecture])
+    objective = recipe.objective.build(backbone, ("even", "odd"), recipe.run)
+    assert check_objective(objective, pictures(4)) == OBJECTIVE_RULES
+    trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    assert (trained == {"head.weight", "head.bias"}) == objective.frozen
