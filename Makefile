@@ -6,7 +6,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: quickstart test slow lint clean
+.PHONY: quickstart test slow clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/okavango quickstart $(ARGS)

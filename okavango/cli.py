@@ -448,7 +448,8 @@ def _overview() -> str:
     first = ("quickstart", "pretrain", "finetune")
     order = [*first, *(name for name in flat if name not in first)]
     listed = "\n".join(f"  {name:20} {flat[name]}" for name in order)
-    return f"usage: okavango COMMAND ...\n\nPretrain once, take the model that fits.\n\n{listed}\n\n`okavango COMMAND --help` says more."
+    head = "usage: okavango COMMAND ...\n\nPretrain once, take the model that fits."
+    return f"{head}\n\n{listed}\n\n`okavango COMMAND --help` says more."
 
 
 def _lines(commands: dict[str, Callable[..., Any]]) -> str:

@@ -334,7 +334,7 @@ def check_objective(objective: nn.Module, samples: Sequence[dict[str, Any]], *, 
     _expect(isinstance(out, dict) and "loss" in out, f"{who}: forward must return a dict with 'loss'")
     loss = out["loss"]
     _expect(isinstance(loss, Tensor) and loss.ndim == 0, f"{who}: the loss must be a scalar tensor")
-    _expect(bool(torch.isfinite(loss)), f"{who}: the loss is {float(loss)}")
+    _expect(bool(torch.isfinite(loss)), f"{who}: the loss is {float(loss.detach())}")
     _expect(loss.requires_grad, f"{who}: the loss has no gradient")
     for name, value in out.items():
         bad = name != "loss" and isinstance(value, Tensor) and value.requires_grad
@@ -391,7 +391,7 @@ def _check_pipeline(who: str, transform: Callable, collate: Callable, samples: S
     (sample, batch), (again_sample, again_batch), (_, twin_batch) = (
         run(transform, collate, 0),
         run(transform, collate, 0),
-        run(*twins, 0),
+        run(twins[0], twins[1], 0),
     )
     _expect(isinstance(batch, dict), f"{who}: collate returned {type(batch).__name__}; expected a dict")
     _expect(_same(sample, again_sample), f"{who}: transform gives different samples for one seed; all randomness must come from it")

@@ -85,8 +85,7 @@ def finetune(
 def _run(recipe: Recipe, data: str | Source | None, out: Path, say: Say) -> Path:
     if data is None and not recipe.data:
         raise ValueError(f"recipe {recipe.name} has no data of its own; give --data FOLDER")
-    if recipe.run.steps < 1 or recipe.run.batch < 1:
-        raise ValueError(f"steps {recipe.run.steps} and batch {recipe.run.batch}: both must be at least 1")
+    recipe.check()
     accelerator = loop.make_accelerator(recipe, out)
     source = training_part(data if data is not None else recipe.data)
     if isinstance(data, str):
@@ -100,16 +99,43 @@ def _run(recipe: Recipe, data: str | Source | None, out: Path, say: Say) -> Path
         for block in getattr(backbone, "blocks", []):
             block.compile()
     card = {"data": source.name, "data_sha256": source.digest, "samples": len(source), "command": command_line()}
-    return loop.train(
+    evaluators = {"knn": OnlineKnn(source, recipe.run.seed)} if recipe.run.eval_every and source.labels is not None else {}
+    loop.train(
         objective,
         source,
         recipe,
         out,
         preprocess=backbone.preprocess,
         accelerator=accelerator,
-        evaluators={"knn": OnlineKnn(source, recipe.run.seed)} if recipe.run.eval_every and source.labels is not None else {},
+        evaluators=evaluators,
         card=card,
         say=say,
+    )
+    if evaluators and accelerator.is_main_process and (out / "export" / "config.json").exists():
+        _final_record(evaluators["knn"], out, recipe)
+    return out
+
+
+def _final_record(online: OnlineKnn, out: Path, recipe: Recipe) -> None:
+    """The last k-NN of a run, on what it exported, as a record in its folder."""
+    file, export = out / "records.jsonl", out / "export"
+    file.unlink(missing_ok=True)
+    model = load(str(export))
+    write_record(
+        file,
+        measured(
+            extract_features(model, online.bank),
+            extract_features(model, online.queries),
+            "knn/v1",
+            seed=recipe.run.seed,
+            model=recipe.name,
+            baseline="pretrained",
+            dataset=online.queries.name,
+            parameters=sum(p.numel() for p in model.parameters()),
+            weights_sha256=file_sha256(export / "model.safetensors"),
+            train_manifest_sha256=online.bank.digest,
+            test_manifest_sha256=online.queries.digest,
+        ),
     )
 
 
@@ -134,12 +160,13 @@ class OnlineKnn:
         self.queries, self.bank = Part(source, order[::5]), Part(source, np.delete(order, np.s_[::5]))
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        bank, queries = (extract_features(model, part) for part in (self.bank, self.queries))
+        backbone = model if isinstance(model, Backbone) else model.backbone
+        bank, queries = (extract_features(backbone, part) for part in (self.bank, self.queries))
         return {"accuracy": evaluate_features(bank, queries, "knn/v1").value}
 
 
 class Part:
-    """Some samples of a source."""
+    """Some samples of a source, as a source."""
 
     def __init__(self, source: Source, indices: Sequence[int]):
         self.source, self.indices = source, [int(i) for i in indices]
@@ -182,6 +209,8 @@ def train_and_test(data: str | Source, train: str | Source | None = None) -> tup
         for name in ("test", "val", "valid", "validation"):
             if (Path(data) / name).is_dir() and (Path(data) / "train").is_dir():
                 return ImageFolder(Path(data) / "train"), ImageFolder(Path(data) / name)
+        if not Path(data).exists() and "*" not in data and ":" not in data:
+            raise ValueError(f"{data}: no such file or folder")
     raise ValueError(f"{data}: needs a training and a test part: a folder with train/ and test/ in it, or give --train as well")
 
 
@@ -217,8 +246,11 @@ def evaluate(
         raise ValueError("evaluation needs labels: pictures in one sub-folder per class, or shards with .cls members")
     if tuple(train_source.classes) != tuple(test_source.classes):
         raise ValueError(
-            f"the training part has {len(train_source.classes)} classes, the test part {len(test_source.classes)}: they must be the same"
+            f"the training part has {len(train_source.classes)} classes and the test part {len(test_source.classes)}; "
+            "they must be the same"
         )
+    if out is not None and Path(out).exists():
+        read_records(out)  # refuses a file that holds something else, before anything is measured
     records = []
 
     def measure(name: str, subnet: str, embed: Callable[[Source], Embedded], facts: dict[str, Any]) -> None:

@@ -59,7 +59,9 @@ sys.addaudithook(watch)
 
 
 def test_the_watch_notices_a_socket():
-    done = subprocess.run([sys.executable, "-c", NO_SOCKET + "import socket; socket.socket()"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", NO_SOCKET + "import socket; socket.socket()"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 9 and "socket" in done.stderr
 
 
@@ -134,8 +136,8 @@ def test_options_are_frozen():
         changes += [f"{name}: new {' '.join(new)}"] if new else []
         changes += [f"{name}: gone {' '.join(gone)}" if name in found else ""] if gone else []
     assert not changes and found == frozen, (
-        f"the options of the command line changed ({'; '.join(changes) or 'their order'}). Users' scripts depend on them: if this is "
-        "meant, freeze them again with `python tests/golden/make.py flags` and say so in the release notes"
+        f"the options of the command line changed ({'; '.join(changes) or 'the order of arguments'}). Users' scripts depend on "
+        "them: if this is meant, freeze them again with `python tests/golden/make.py flags` and say so in the release notes"
     )
 
 
@@ -406,7 +408,11 @@ def test_long_errors_become_one_line(monkeypatch, capsys):
         return command
 
     for error, line, status in (
-        (RuntimeError("preflight failed:\none thing\n  another thing\n"), "okavango: preflight failed: one thing; another thing\n", 1),
+        (
+            RuntimeError("preflight failed:\none thing\n  another thing\n"),
+            "okavango: preflight failed: one thing; another thing\n",
+            1,
+        ),
         (ValueError(), "okavango: ValueError\n", 1),
         (FileNotFoundError(2, "No such file or directory", "x/y"), "okavango: x/y: No such file or directory\n", 1),
         (KeyboardInterrupt(), "okavango: interrupted\n", 1),
@@ -452,7 +458,8 @@ def test_from_fine_tuning_to_a_page(workplace, tmp_path, capsys):
         return shown.out.splitlines()
 
     out = tmp_path / "run"
-    run("finetune classify --start golden --data classes/train --out {out} --steps 12 --batch 6 --workers 0 --threads 1 --optim.lr 0.5", out=out)
+    tune = "finetune classify --start golden --data classes/train --out {out} --steps 12 --batch 6 --optim.lr 0.5"
+    run(f"{tune} --workers 0 --threads 1", out=out)
     answers = run("predict {out}/export flat --top 2", out=out)
     assert len(answers) == 5
     for answer in answers:

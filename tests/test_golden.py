@@ -41,7 +41,9 @@ def expected(name: str) -> dict:
 
 def test_the_files_are_those_that_were_written_first():
     for name, product in (("checkpoint", "checkpoint"), ("state", "state"), ("records", "records.jsonl")):
-        assert make.hashes(GOLDEN / product) == expected(name)["files"], f"golden {name} was changed; old files must stay as they are"
+        assert make.hashes(GOLDEN / product) == expected(name)["files"], (
+            f"golden {name} was changed; old files must stay as they are"
+        )
     assert sum(path.stat().st_size for path in (GOLDEN / "checkpoint").iterdir()) < 100_000
     assert sum(path.stat().st_size for path in (GOLDEN / "state").rglob("*") if path.is_file()) < 300_000
 
@@ -144,7 +146,7 @@ def compare(log: list[dict], stored: list[dict], environment: dict[str, str]) ->
         assert set(found) == set(line), f"step {line['step']}: other quantities are logged than when the curve was recorded"
         for name, value in line.items():
             assert math.isclose(found[name], value, rel_tol=tolerance, abs_tol=1e-12), (
-                f"step {line['step']}: {name} is {found[name]!r}, recorded {value!r}; allowed is a relative difference of {tolerance:g} "
-                f"(recorded with {environment}, this is {here}; 1e-6 where they agree, else 1e-3). If the change is meant, record "
-                "again: python tests/golden/make.py curves"
+                f"step {line['step']}: {name} is {found[name]!r}, recorded {value!r}; allowed is a relative difference of "
+                f"{tolerance:g} (recorded with {environment}, this is {here}; 1e-6 where they agree, else 1e-3). "
+                "If the change is meant, record again: python tests/golden/make.py curves"
             )

@@ -226,3 +226,13 @@ def test_interrupt_is_one_line(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and errors.strip().splitlines()[-1] == "okavango: interrupted"
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(tmp_path):
+    """Needs a C++ compiler."""
+    recipe = verbs.override(named("dinov2_tiny", "pretrain"), {"steps": 3, "batch": 8, "workers": 0})
+    verbs.pretrain(recipe, data=pictures(), out=tmp_path / "plain", say=quiet)
+    verbs.pretrain(recipe, data=pictures(), out=tmp_path / "compiled", say=quiet, compile=True)
+    plain, compiled = ([entry["loss"] for entry in log_of(tmp_path / name)] for name in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-4)

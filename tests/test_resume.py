@@ -159,7 +159,7 @@ def test_another_recipe_in_the_same_folder_is_refused(undisturbed, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(undisturbed(1), out)
     done = run(*TINY, "--optim.lr", "0.5", "--out", out, check=False)
-    assert done.returncode == 1 and "another recipe (optim" in done.stderr
+    assert done.returncode == 1 and "another recipe (optim.lr" in done.stderr
 
 
 def test_workers_do_not_change_the_result(undisturbed, tmp_path):

@@ -587,6 +587,7 @@ class ViT(_Tokens):
             x = torch.cat([self.trunk.cls_token.expand(x.shape[0], -1, -1), x], 1)
             x = x + interpolate_positions(self.trunk.pos_embed, self._grid(inputs["image"]), self.native_grid, self.position_offset)
         else:
+            assert below.prefix is not None  # the class token
             x = torch.cat([below.prefix, below.tokens["image"]], 1)
         block = self.trunk.blocks[layer]
         batch, tokens, width = x.shape
@@ -647,7 +648,17 @@ def elastic_vit(**arguments) -> ElasticViT:
 @register
 def elastic_vit_tiny(**arguments) -> ElasticViT:
     """For small pictures and two cores: 28 px, patch 7, widths 64..128, depths 2..6, heads of 32; 1.2 M parameters."""
-    small = dict(image_size=28, patch_size=7, min_width=64, max_width=128, width_step=32, min_depth=2, max_depth=6, head_dim=32, layer_scale=0.1)
+    small = dict(
+        image_size=28,
+        patch_size=7,
+        min_width=64,
+        max_width=128,
+        width_step=32,
+        min_depth=2,
+        max_depth=6,
+        head_dim=32,
+        layer_scale=0.1,
+    )
     return ElasticViT(**{**small, **arguments})
 
 

@@ -441,7 +441,8 @@ class OpenClip(Wrapped):
         out = tower.forward_intermediates(images, indices=indices, output_fmt="NLC", output_extra_tokens=True)
         grid = {"image": tuple(side // info.strides[0] for side in images.shape[-2:])}
         blocks = dict(zip(indices, zip(out["image_intermediates_prefix"], out["image_intermediates"], strict=True), strict=True))
-        prefix, tokens = None, {}
+        prefix: Tensor | None = None
+        tokens: dict[str, Tensor] = {}
         if tower.attn_pool is None:  # an attention pool has its own norm, over other channels
             normed = tower.ln_post(torch.cat(blocks[info.layers - 1], 1))
             prefix, tokens = normed[:, :1], {"image": normed[:, 1:]}
@@ -544,7 +545,9 @@ def _inject_lora(model: Wrapped, lora: int | Mapping[str, Any]) -> None:
         parameter.requires_grad_("lora_" in name)
 
     # Some families use a layer's weight without calling the layer; an update there would do nothing, silently.
-    idle = {name: m for name, m in model.trunk.named_modules() if isinstance(m, BaseTunerLayer) and not name.endswith(".out_proj")}
+    idle: dict[str, Any] = {
+        name: m for name, m in model.trunk.named_modules() if isinstance(m, BaseTunerLayer) and not name.endswith(".out_proj")
+    }
     count = len(idle)
     hooks = [m.register_forward_hook(lambda *_, name=name: idle.pop(name, None) and None) for name, m in list(idle.items())]
     with torch.no_grad():

@@ -76,8 +76,8 @@ def train(
     accelerator = accelerator or make_accelerator(recipe, out)
     main = accelerator.is_main_process
     say = say if main else lambda line: None
-    with state.run_lock(out) if main else nullcontext():
-        return _train(objective, source, recipe, out, preprocess, accelerator, evaluators or {}, dict(card or {}), say)
+    with state.run_lock(out) if main else nullcontext(), _StopSignal() as stop:
+        return _train(objective, source, recipe, out, preprocess, accelerator, evaluators or {}, dict(card or {}), say, stop)
 
 
 def make_accelerator(recipe: Recipe, out: Path):
@@ -101,7 +101,7 @@ def make_accelerator(recipe: Recipe, out: Path):
     )
 
 
-def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, card, say) -> Path:
+def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, card, say, stop) -> Path:
     run, rank, world = recipe.run, accelerator.process_index, accelerator.num_processes
     device, main = accelerator.device, accelerator.is_main_process
     template = copy.deepcopy(objective) if run.parallel == "fsdp" and world > 1 and main else None
@@ -127,7 +127,6 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
         _preflight(objective, batches, accelerator, out, run, say)
     if main:
         state.write_json(out / "recipe.json", asdict(recipe))
-    stop = _StopSignal()
     clock, bad_seen = _Clock(), 0
     loader = batch_loader(batches, start, run.steps, workers=run.workers)
     objective.train()
@@ -172,7 +171,7 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
         _check_bad(bad_seen, (done - start) * run.batch // world, run.bad_share)
         if evaluators and run.eval_every and done % run.eval_every == 0 and done < run.steps:
             with clock.paused():
-                log.write(step, _evaluate(objective, evaluators, main), run.steps, say)
+                log.write(step, _evaluate(_whole(objective, template, main), evaluators, main), run.steps, say)
         stopping = collectives.any_rank(stop.wanted(), device)
         if done % run.save_every == 0 or done == run.steps or stopping:
             with clock.paused():
@@ -180,10 +179,9 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
         if stopping and done < run.steps:
             say(f"stopped at step {done} of {run.steps}; the same command goes on from there")
             break
-    stop.restore()
     if done == run.steps:
         with average.applied():
-            _export(objective, template, out, recipe, card, main)
+            _export(_whole(objective, template, main), out, recipe, card, main)
         if main:
             learning_curves(out / "log.jsonl", out / "curves.png")
     accelerator.wait_for_everyone()  # the first process may still be writing
@@ -248,8 +246,7 @@ def _resume(objective, optimiser, average, recipe: Recipe, out: Path, world: int
     for key, value in found.meta["environment"].items():
         if here.get(key) != value:
             say(f"resuming with {key} {here.get(key)}, the state was written with {value}: the result may differ in the last bits")
-    if (was := found.meta["recipe"]) != (now := json.loads(json.dumps(_essence(recipe)))):
-        changed = ", ".join(key for key in now if now[key] != was.get(key))
+    if changed := ", ".join(_differences(found.meta["recipe"], json.loads(json.dumps(_essence(recipe))))):
         raise RunError(f"{out} holds a run with another recipe ({changed} differ); choose another --out or repeat the old settings")
     with torch.no_grad():
         _load_into(objective.state_dict(), found.tensors("objective"))
@@ -269,7 +266,18 @@ def _essence(recipe: Recipe) -> dict:
     return whole
 
 
-def _load_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def _differences(was: dict, now: dict, prefix: str = "") -> list[str]:
+    """Dotted names of settings that differ; those that a newer version added are not known to an older state."""
+    names = []
+    for key, value in was.items():
+        if isinstance(value, dict) and isinstance(now.get(key), dict):
+            names += _differences(value, now[key], f"{prefix}{key}.")
+        elif now.get(key) != value:
+            names.append(prefix + key)
+    return names
+
+
+def _load_into(targets: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     if set(targets) != set(tensors):
         odd = sorted(set(targets) ^ set(tensors))[0]
         raise RunError(f"the state does not fit the model: {odd} stands on one side only; was the recipe changed?")
@@ -370,10 +378,13 @@ class _StopSignal:
     def __init__(self) -> None:
         self.flag = False
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def __enter__(self) -> _StopSignal:
         try:
             self.before = signal.signal(signal.SIGTERM, self._raise_flag)
         except ValueError:  # not the main thread: whoever runs us handles signals
             self.before = None
+        return self
 
     def _raise_flag(self, *_) -> None:
         self.flag = True
@@ -381,7 +392,7 @@ class _StopSignal:
     def wanted(self) -> bool:
         return self.flag or (self.launcher is not None and os.getppid() != self.launcher)
 
-    def restore(self) -> None:
+    def __exit__(self, *_) -> None:
         if self.before is not None:
             signal.signal(signal.SIGTERM, self.before)
 
@@ -533,14 +544,21 @@ def _save(objective, optimiser, average, recipe, out: Path, done: int, world: in
         raise RunError(failed or "the first process could not write the state")
 
 
-def _export(objective, template, out: Path, recipe: Recipe, card: dict, main: bool) -> None:
+def _whole(objective: nn.Module, template: nn.Module | None, main: bool) -> nn.Module:
+    """The objective itself, or, when it is sharded, an unsharded copy on the first process."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in objective.parameters()):
+        return objective
+    tensors = {name: _full(tensor).cpu() for name, tensor in objective.state_dict().items()}  # every rank takes part
+    if main and template is not None:
+        template.load_state_dict(tensors)
+        return template
+    return objective
+
+
+def _export(objective, out: Path, recipe: Recipe, card: dict, main: bool) -> None:
     """Checkpoints of what was made: `export/` (one folder per export when there are several) and `export-full/`."""
-    tensors = {name: _full(tensor) for name, tensor in objective.state_dict().items()}
     if not main:
         return
-    if template is not None:
-        template.load_state_dict({name: tensor.cpu() for name, tensor in tensors.items()})
-        objective = template
     exports = objective.exports()
     common = {"recipe": recipe.name, "seed": recipe.run.seed, "steps": recipe.run.steps, "batch": recipe.run.batch, **card}
     for name, (module, own) in exports.items():

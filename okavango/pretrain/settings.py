@@ -164,8 +164,10 @@ class Recipe:
     """architecture"""
     model_args: dict[str, Any] = field(default_factory=dict)
     """arguments of the architecture"""
-    start: str = ""
+    start: Annotated[str, arg(aliases=["--from"])] = ""
     """checkpoint whose weights the run starts from"""
+    objective: Any = None
+    """settings of the objective, with a method `build(backbone, classes, run)`"""
     optim: Optim = field(default_factory=Optim)
     """optimiser"""
     run: Annotated[Run, arg(name="")] = field(default_factory=Run)
@@ -177,7 +179,7 @@ class Recipe:
         Raises:
             SettingError: a number out of range, or neither a checkpoint to start from nor an architecture.
         """
-        for settings in (self.run, self.optim, getattr(self, "objective", None)):
+        for settings in (self.run, self.optim, self.objective):
             if hasattr(settings, "check"):
                 settings.check()
         if not self.start and not self.model:

@@ -4,8 +4,8 @@
     PYTHONPATH=. python tests/golden/make.py flags curves         # these again
 
 The checkpoint, the state and the records are for ever: later versions must read them, so they are never made again after a release.
-`curves` and `flags` are made again when a change of numbers or options is meant. Equal runs on one machine make equal files: weights
-and pictures are a pure function of their names (SHAKE-128), and nothing here holds a time or a path.
+`curves` and `flags` are made again when a change of numbers or options is meant. Equal runs on one machine make equal files:
+weights and pictures are a pure function of their names (SHAKE-128), and nothing here holds a time or a path.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ RECIPE_HELP = ("pretrain poa_fashion", "finetune classify")
 
 
 def read_flags() -> dict[str, list[str]]:
-    """Command -> names of its positional arguments, then its options as `--help` lists them."""
+    """Command -> names of its positional arguments, then its options as `--help` names them, sorted."""
     import contextlib
     import inspect
     import io
@@ -284,7 +284,9 @@ def read_flags() -> dict[str, list[str]]:
 
     commands = {}
     for name, command in cli.COMMANDS.items():
-        commands |= {f"{name} {sub}": function for sub, function in command.items()} if isinstance(command, dict) else {name: command}
+        commands |= (
+            {f"{name} {sub}": function for sub, function in command.items()} if isinstance(command, dict) else {name: command}
+        )
     found = {}
     for command in [*commands, *RECIPE_HELP]:
         parameters = inspect.signature(commands[command]).parameters.values() if command in commands else ()
@@ -296,7 +298,7 @@ def read_flags() -> dict[str, list[str]]:
         # An option is the first thing in its line, whatever frame is drawn around it.
         heads = re.findall(r"^\W*?((?:--?[\w.-]+)(?:, --?[\w.-]+)*)", text.getvalue(), re.MULTILINE)
         found[command] = [p.name.upper() for p in parameters if "Positional" in str(p.annotation)]
-        found[command] += [option for head in heads for option in head.split(", ") if re.match(r"--[a-z]", option)]
+        found[command] += sorted(option for head in heads for option in head.split(", ") if re.match(r"--[a-z]", option))
     return found
 
 

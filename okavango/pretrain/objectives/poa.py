@@ -242,7 +242,8 @@ class POA(nn.Module):
         settings, terms = self.settings, self.terms(batch, step)
         share = settings.balance if settings.elastic else 1.0
         entropies = [value for name, value in terms.items() if name.endswith("koleo")]
-        loss = settings.koleo * sum(entropies) / (len(entropies) if entropies and settings.koleo_rule == "mean" else 1)
+        spread = sum(entropies) / (len(entropies) if entropies and settings.koleo_rule == "mean" else 1)
+        loss = torch.as_tensor(settings.koleo * spread)
         for name, value in terms.items():
             if not name.endswith("koleo"):
                 loss = loss + (1 - share if name.startswith(("elastic_", "same_view")) else share) * value.mean()
