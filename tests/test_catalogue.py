@@ -23,7 +23,7 @@ ROOT = str(Path(__file__).parents[1])
 @pytest.fixture
 def published(tmp_path, monkeypatch):
     """Three entries: packaged and there, packaged and absent, on the web."""
-    model = create_model("elastic_vit_tiny", image_size=8, max_depth=2)
+    model = create_model("elastic_vit_tiny", image_size=14, max_depth=2)
     save_checkpoint(model, tmp_path / "here", card={"licence": "apache-2.0"})
     entries = [
         Entry(architecture="elastic_vit_tiny", tag="here", source="here"),
@@ -73,7 +73,7 @@ def test_a_name_knows_the_model_that_load_returns(published):
     (info,) = list_models("*.here")
     model = load(info)
     assert info.parameters == sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in published.parameters())
-    assert info.input == "image 8x8 (red, green, blue)" and info.licence == "apache-2.0" and info.weights
+    assert info.input == "image 14x14 (red, green, blue)" and info.licence == "apache-2.0" and info.weights
     (stated,) = list_models("*.web")
     assert (stated.parameters, stated.input, stated.licence) == (5, "image 7x7", "cc-by-nc-4.0")
     untrained = next(name for name in list_models() if name == "elastic_vit_tiny")

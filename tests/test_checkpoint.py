@@ -129,10 +129,10 @@ def test_round_trip_gives_the_same_outputs_bit_for_bit(tmp_path, arguments):
 def test_the_real_architecture_round_trips_also_as_an_extracted_subnet(tmp_path):
     from okavango.models.backbone import create_model
 
-    supernet = create_model("elastic_vit_tiny", image_size=8, max_depth=2, max_width=64)
+    supernet = create_model("elastic_vit_tiny", image_size=14, max_depth=2, max_width=64)
     small = supernet.extract(Subnet(64, 2))
     folder = save_checkpoint(small, tmp_path / "small", subnet=Subnet(64, 2), parent={"name": "supernet", "sha256": "0" * 64})
-    images = torch.randn(2, 3, 8, 8)
+    images = torch.randn(2, 3, 14, 14)
     loaded, _ = load_checkpoint(folder)
     with torch.inference_mode():
         assert torch.equal(loaded(image=images).pooled, small(image=images).pooled)

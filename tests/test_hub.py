@@ -127,7 +127,7 @@ def server():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    model = create_model("elastic_vit_tiny", image_size=8, max_depth=2)
+    model = create_model("elastic_vit_tiny", image_size=14, max_depth=2)
     return save_checkpoint(model, tmp_path_factory.mktemp("zoo") / "tiny", card={"licence": "mit"})
 
 
@@ -248,7 +248,7 @@ def test_a_catalogue_entry_pins_its_url(url, checkpoint, monkeypatch):
 
 def test_a_republished_checkpoint_is_fetched_again(server, url, tmp_path):
     resolve(url)
-    other = save_checkpoint(create_model("elastic_vit_tiny", image_size=8, max_depth=2), tmp_path / "tiny")
+    other = save_checkpoint(create_model("elastic_vit_tiny", image_size=14, max_depth=2), tmp_path / "tiny")
     server.files = {f"/zoo/tiny/{path.name}": path.read_bytes() for path in other.iterdir()}
     folder = resolve(url)
     assert contents(folder) == contents(other)
