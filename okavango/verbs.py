@@ -467,5 +467,9 @@ def heads() -> dict[str, Callable[[Backbone, dict], nn.Module]]:
 
 def command_line() -> str:
     """The command that is running, as it would be typed."""
-    program = Path(sys.argv[0]).name if sys.argv else "python"
-    return shlex.join([{"__main__.py": "okavango"}.get(program, program), *sys.argv[1:]])
+    program = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path("python")
+    if program.name == "__main__.py":
+        return shlex.join(["okavango", *sys.argv[1:]])
+    if program.suffix == ".py" and not program.is_absolute():
+        return shlex.join(["python", str(program), *sys.argv[1:]])
+    return shlex.join([program.name, *sys.argv[1:]])

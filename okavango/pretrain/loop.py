@@ -498,7 +498,7 @@ def _save_for_replay(out: Path, objective, batch, step: int, micro: int, rank: i
     tensors = {name: value.cpu().contiguous() for name, value in batch.items() if isinstance(value, Tensor)}
     save_file(weights, folder / "objective.safetensors")
     save_file(tensors, folder / "batch.safetensors")
-    shown = {name: float(_full(value)) for name, value in values.items()}
+    shown = {name: float(_full(value.detach())) for name, value in values.items()}
     seed = derive(recipe.run.seed, "model", step, rank, micro)
     where = {"step": step, "micro": micro, "rank": rank, "seed": seed}
     state.write_json(folder / "meta.json", {**where, "values": {name: str(value) for name, value in shown.items()}})

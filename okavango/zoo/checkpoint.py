@@ -496,6 +496,7 @@ def save_checkpoint(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _staging(folder) as staging:
             save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+            (staging / WEIGHTS).chmod(0o644)  # safetensors makes files that only their owner can read
             config["weights"] = {
                 "file": WEIGHTS,
                 "sha256": file_sha256(staging / WEIGHTS),
