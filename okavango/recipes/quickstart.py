@@ -71,7 +71,7 @@ def quickstart(out: Path, *, steps: int = 0, seed: int = 0, say: Callable[[str],
                 write_record(file, record)
                 records.append(record)
 
-    measure(lambda source: raw_pixels(source, 28), model="raw-pixels", baseline="raw pixels")
+    measure(lambda source: raw_pixels(source, 28, channels=1), model="raw-pixels", baseline="raw pixels")
     for baseline, model, sha256 in candidates:
         for subnet in five_sizes(model):
             sized = model.extract(subnet)

@@ -22,12 +22,14 @@ def fashion(split: str = "train") -> Source:
     """Grey 28x28 pictures of ten kinds of clothes (Xiao et al., arXiv:1708.07747), a tenth (fifth) of the original per class.
 
     Args:
-        split: "train" (10000) or "test" (2000).
+        split: "train" (10000), "test" (2000), or "moved": the test pictures, moved, scaled and recoloured (see `moved`).
     Raises:
         ValueError: another split.
     """
+    if split == "moved":
+        return moved(fashion("test"))
     if split not in ("train", "test"):
-        raise ValueError(f"samples/fashion has the splits train and test, not {split!r}")
+        raise ValueError(f"samples/fashion has the splits train, test and moved, not {split!r}")
     source = Shards(FOLDER / f"{split}-*.tar")
     source.name = f"fashion-{split}"
     return source
