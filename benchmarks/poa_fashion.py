@@ -3,12 +3,13 @@
     okavango pretrain poa_fashion --out runs/poa_fashion
     python benchmarks/poa_fashion.py runs/poa_fashion
 
-Writes the checkpoint with its card into the package, measures five subnets (trained and untrained) and raw pixels under every
+Writes the checkpoint with its card into the package, measures every subnet (trained and untrained) and raw pixels under every
 protocol on both test sets into leaderboard/poa_fashion.jsonl, keeps recipe and log beside them, renders the page.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -19,18 +20,16 @@ import torch
 
 from okavango import verbs
 from okavango.data.loading import derive
-from okavango.data.sources import open_source
-from okavango.downstream.classification.features import extract_features, raw_pixels
+from okavango.data.sources import cached, open_source
 from okavango.models.backbone import create_model
-from okavango.recipes.quickstart import five_sizes
 from okavango.zoo import hub
 from okavango.zoo.checkpoint import file_sha256, save_checkpoint
 from okavango.zoo.leaderboard.page import render, table
-from okavango.zoo.leaderboard.records import environment, read_records, write_record
+from okavango.zoo.leaderboard.records import environment, read_records
 
 ROOT = Path(__file__).parent.parent
 NAME = "elastic_vit_tiny.poa_fashion"
-PROTOCOLS = ("knn/v1", "logistic/v1")
+PROTOCOLS = ("knn/v1", "logistic/v1", "linear/v1")
 
 
 def hours(log: list[dict], batch: int) -> float:
@@ -86,32 +85,17 @@ def measure(folder: Path, out: Path) -> None:
     torch.manual_seed(derive(seed, "initial weights"))
     untrained = create_model(shipped.architecture, **shipped.arguments).eval()
     untrained.preprocess = shipped.preprocess
-    train = open_source("samples/fashion:train")
-    tests = [open_source("samples/fashion:test"), open_source("samples/fashion:moved")]
+    train = cached(open_source("samples/fashion:train"))
+    tests = [cached(open_source("samples/fashion:test")), cached(open_source("samples/fashion:moved"))]
     out.unlink(missing_ok=True)
-
-    def rows(embed, **facts) -> None:
-        bank = embed(train)
-        for test in tests:
-            queries = embed(test)
-            for protocol in PROTOCOLS:
-                hashes = {"train_manifest_sha256": train.digest, "test_manifest_sha256": test.digest}
-                write_record(out, verbs.measured(bank, queries, protocol, seed=0, dataset=test.name, **hashes, **facts))
-
-    rows(lambda source: raw_pixels(source, 28, channels=1), model="raw-pixels", baseline="raw pixels")
-    for baseline, model, digest in (("shipped", shipped, sha256), ("untrained", untrained, "")):
-        for subnet in five_sizes(model):
-            sized = model.extract(subnet)
-            rows(
-                lambda source, sized=sized: extract_features(sized, source),
-                model=NAME if digest else shipped.architecture,
-                subnet=str(subnet),
-                baseline=baseline,
-                weights_sha256=digest,
-                parameters=sum(p.numel() for p in sized.parameters()),
-                latency_ms=verbs.latency(sized),
-            )
-            print(f"{baseline} {subnet}: measured", flush=True)
+    jobs = [
+        [verbs.raw_pixels_job((28, 28), channels=1)],
+        verbs.backbone_jobs(shipped, "all", model=NAME, baseline="shipped", weights_sha256=sha256),
+        verbs.backbone_jobs(untrained, "all", model=shipped.architecture, baseline="untrained"),
+    ]
+    for embed, facts in itertools.chain(*jobs):
+        verbs.measure(embed, train, tests, PROTOCOLS, seed=0, out=out, **facts)
+        print(f"{facts['baseline']} {facts.get('subnet', '')}: measured", flush=True)
 
 
 def main(run: str) -> None:
@@ -120,7 +104,7 @@ def main(run: str) -> None:
     out = ROOT / "leaderboard" / "poa_fashion.jsonl"
     measure(ship(Path(run)), out)
     records = read_records(out)
-    render(records, ROOT / "leaderboard" / "poa_fashion.html", title=f"{NAME}: five subnets")
+    render(records, ROOT / "leaderboard" / "poa_fashion.html", title=f"{NAME}: all subnets")
     print(table(records))
 
 

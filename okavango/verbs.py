@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,23 @@ import torch
 from torch import nn
 
 from okavango.data.loading import derive
-from okavango.data.sources import ImageFolder, Source, open_source
+from okavango.data.sources import ImageFolder, Source, cached, open_source
 from okavango.downstream.classification.features import Embedded, extract_features, raw_pixels
 from okavango.downstream.classification.head import Classifier
-from okavango.downstream.classification.protocols import evaluate_features, resolve
-from okavango.models.backbone import Backbone, create_model, unknown_name
+from okavango.downstream.classification.protocols import Outcome, evaluate_features, fit, resolve
+from okavango.models.backbone import Backbone, create_model, latency, unknown_name
 from okavango.models.features import Subnet
 from okavango.pretrain import loop
 from okavango.pretrain.settings import Recipe
 from okavango.recipes import named
-from okavango.zoo.checkpoint import file_sha256, load_weights
+from okavango.zoo.checkpoint import file_sha256
 from okavango.zoo.hub import load
 from okavango.zoo.hub import resolve as resolve_checkpoint
 from okavango.zoo.leaderboard.records import Record, bootstrap, environment, now, read_records, write_record
+from okavango.zoo.loading import load_weights
 
 Say = Callable[[str], None]
+Embed = Callable[[Source], Embedded]
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -120,23 +123,9 @@ def _final_record(online: OnlineKnn, out: Path, recipe: Recipe) -> None:
     """The last k-NN of a run, on what it exported, as a record in its folder."""
     file, export = out / "records.jsonl", out / "export"
     file.unlink(missing_ok=True)
-    model = load(str(export))
-    write_record(
-        file,
-        measured(
-            extract_features(model, online.bank),
-            extract_features(model, online.queries),
-            "knn/v1",
-            seed=recipe.run.seed,
-            model=recipe.name,
-            baseline="pretrained",
-            dataset=online.queries.name,
-            parameters=sum(p.numel() for p in model.parameters()),
-            weights_sha256=file_sha256(export / "model.safetensors"),
-            train_manifest_sha256=online.bank.digest,
-            test_manifest_sha256=online.queries.digest,
-        ),
-    )
+    facts = {"model": recipe.name, "baseline": "pretrained", "weights_sha256": file_sha256(export / "model.safetensors")}
+    for embed_source, more in backbone_jobs(load(str(export)), **facts):
+        measure(embed_source, online.bank, [online.queries], ["knn/v1"], seed=recipe.run.seed, out=file, **more)
 
 
 def starting_backbone(recipe: Recipe) -> Backbone:
@@ -176,7 +165,7 @@ class Part:
     @property
     def digest(self) -> str:
         """Follows from the whole source's and the indices."""
-        return f"{derive(self.source.digest, *self.indices):016x}"
+        return hashlib.sha256(f"{self.source.digest} {self.indices}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -251,40 +240,77 @@ def evaluate(
         )
     if out is not None and Path(out).exists():
         read_records(out)  # refuses a file that holds something else, before anything is measured
-    records = []
-
-    def measure(name: str, subnet: str, embed: Callable[[Source], Embedded], facts: dict[str, Any]) -> None:
-        bank, queries = embed(train_source), embed(test_source)
-        for wanted in protocols:
-            record = measured(
-                bank,
-                queries,
-                wanted,
-                seed=seed,
-                model=name,
-                subnet=subnet,
-                dataset=test_source.name,
-                train_manifest_sha256=train_source.digest,
-                test_manifest_sha256=test_source.digest,
-                **facts,
-            )
-            say(f"{name} {subnet} {wanted}: {record.value:.4f} [{record.interval[0]:.4f}, {record.interval[1]:.4f}], n {record.n}")
-            if out is not None:
-                write_record(out, record)
-            records.append(record)
-
+    if subnets:  # several passes
+        train_source, test_source = cached(train_source), cached(test_source)
+    jobs: Iterable[tuple[Embed, dict[str, Any]]]
     if checkpoint == "raw-pixels":
-        size = tuple(test_source[0]["image"].shape[-2:])
-        measure("raw-pixels", "", lambda source: raw_pixels(source, size), {"baseline": "raw pixels"})
-        return records
-    if isinstance(checkpoint, str):
-        (model, sha256), name = open_model(checkpoint), checkpoint
+        jobs = [raw_pixels_job(tuple(test_source[0]["image"].shape[-2:]))]
+    elif isinstance(checkpoint, str):
+        model, sha256 = open_model(checkpoint)
+        jobs = backbone_jobs(model, subnets, batch=batch, model=checkpoint, weights_sha256=sha256)
     else:
-        model, name, sha256 = checkpoint, checkpoint.architecture, ""
+        jobs = backbone_jobs(checkpoint, subnets, batch=batch, model=checkpoint.architecture)
+    records: list[Record] = []
+    for embed_source, facts in jobs:
+        for record in measure(embed_source, train_source, [test_source], protocols, seed=seed, out=out, **facts):
+            interval = f"[{record.interval[0]:.4f}, {record.interval[1]:.4f}]" if record.interval else ""
+            say(f"{record.model} {record.subnet} {record.protocol}: {record.value:.4f} {interval}, n {record.n}")
+            records.append(record)
+    return records
+
+
+def raw_pixels_job(size: tuple[int, int], channels: int = 3) -> tuple[Embed, dict[str, Any]]:
+    """The baseline that knows nothing, for `measure`."""
+    return lambda source: raw_pixels(source, size, channels), {"model": "raw-pixels", "baseline": "raw pixels"}
+
+
+def backbone_jobs(
+    model: Backbone, subnets: Sequence[str] | str = (), *, batch: int = 256, **facts: Any
+) -> Iterator[tuple[Embed, dict[str, Any]]]:
+    """How to embed a source with a backbone, or with each of its subnets, and the facts of its records; for `measure`.
+
+    Args:
+        subnets: see `chosen_subnets`.
+        **facts: fields of the records: model, baseline, weights_sha256 ...
+    """
     for subnet in chosen_subnets(model, subnets):
         sized = model if subnet is None else model.extract(subnet)
-        facts = {"weights_sha256": sha256, "parameters": sum(p.numel() for p in sized.parameters()), "latency_ms": latency(sized)}
-        measure(name, str(subnet or ""), lambda source, sized=sized: extract_features(sized, source, batch=batch), facts)
+        own = {"parameters": sum(p.numel() for p in sized.parameters()), "latency_ms": latency(sized)}
+        name = str(subnet or "")
+        yield lambda source, sized=sized: extract_features(sized, source, batch=batch), {"subnet": name, **own, **facts}
+
+
+def measure(
+    embed: Embed,
+    train: Source,
+    tests: Sequence[Source],
+    protocols: Sequence[str],
+    *,
+    seed: int,
+    out: str | os.PathLike | None = None,
+    **facts: Any,
+) -> list[Record]:
+    """Embed the training set once, fit each protocol once, measure on every test set.
+
+    Args:
+        embed: source -> vectors.
+        out: file of records to append to.
+        **facts: fields of the records.
+    """
+    bank = embed(train)
+    fitted = [fit(bank, protocol, seed) for protocol in protocols]
+    records = []
+    for test in tests:
+        queries = embed(test)
+        where = {
+            "dataset": test.name,
+            "train_manifest_sha256": train.digest,
+            "test_manifest_sha256": test.digest,
+        }
+        for protocol in fitted:
+            records.append(outcome_record(protocol.protocol, protocol.score(queries), seed=seed, **where, **facts))
+            if out is not None:
+                write_record(out, records[-1])
     return records
 
 
@@ -340,9 +366,8 @@ def _row(record: Record) -> tuple:
     return (record.weights_sha256, record.subnet, record.test_manifest_sha256, record.protocol, record.seed)
 
 
-def measured(bank: Embedded, queries: Embedded, protocol: str, *, seed: int, **facts: Any) -> Record:
-    """One record: a protocol on embedded data, with its bootstrap interval."""
-    outcome = evaluate_features(bank, queries, protocol, seed)
+def outcome_record(protocol: str, outcome: Outcome, *, seed: int, **facts: Any) -> Record:
+    """A measurement as a record, with its bootstrap interval and where it was made."""
     versions, hardware = environment()
     return Record(
         protocol=protocol,
@@ -373,21 +398,6 @@ def chosen_subnets(model: Backbone, wanted: Sequence[str] | str) -> list[Subnet 
     if wanted in ("all", ["all"], ("all",)):
         return list(model.list_subnets())
     return [model.check_subnet(Subnet.parse(name)) for name in ([wanted] if isinstance(wanted, str) else wanted)]
-
-
-@torch.inference_mode()
-def latency(model: Backbone, batch: int = 1, repeats: int = 15) -> float:
-    """Median milliseconds of a forward pass on zeros of the trained input size, on this machine with torch's threads."""
-    import time
-
-    spec = model.preprocess["image"]
-    images = torch.zeros(batch, len(spec.channels), *spec.size)
-    times = []
-    for _ in range(3 + repeats):
-        start = time.perf_counter()
-        model(image=images)
-        times.append(1000 * (time.perf_counter() - start))
-    return sorted(times[3:])[repeats // 2]
 
 
 def embed(

@@ -48,4 +48,5 @@ def main(parallel: str, out: str) -> None:
     accelerator.end_training()
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -27,12 +27,12 @@ from okavango.zoo.checkpoint import (
     FILES,
     CheckpointError,
     load_checkpoint,
-    load_weights,
     probe_inputs,
     read_config,
     save_checkpoint,
     verify_checkpoint,
 )
+from okavango.zoo.loading import load_weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

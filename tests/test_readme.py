@@ -98,8 +98,9 @@ def test_the_contracts_name_every_field():
 
     from okavango.models.features import Features
     from okavango.models.preprocess import Image, Normalise, Raster, Resize, Text, Volume
-    from okavango.zoo.checkpoint import _FIELDS, LoadReport
+    from okavango.zoo.checkpoint import _FIELDS
     from okavango.zoo.leaderboard.records import Record
+    from okavango.zoo.loading import LoadReport
 
     page = (ROOT / "docs" / "contracts.md").read_text(encoding="utf-8")
     classes = (Features, Image, Raster, Volume, Text, Resize, Normalise, LoadReport, Record)

@@ -13,8 +13,9 @@ import torchvision
 from PIL import Image as Pillow
 
 from okavango.models import wrapped
-from okavango.models.backbone import create_model
+from okavango.models.backbone import ArgumentError, create_model
 from okavango.models.features import Subnet
+from okavango.models.lora import merge_lora
 from okavango.models.preprocess import Preprocess
 from okavango.models.wrapped import WrappedError
 
@@ -333,12 +334,12 @@ def test_lora_starts_as_the_base_learns_and_merges(name, tiny_clip):
     assert not torch.allclose(adapted, plain(image=images).pooled, atol=1e-3)
     adapted.sum().backward()
     assert all((p.grad is not None and p.grad.abs().sum() > 0) for k, p in model.named_parameters() if "lora_" in k)
-    wrapped.merge_lora(model)
+    merge_lora(model)
     assert set(model.state_dict()) == set(plain.state_dict()) and "lora" not in model.arguments
     torch.testing.assert_close(model(image=images).pooled, adapted, atol=1e-5, rtol=1e-5)
     assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(WrappedError, match="no lora"):
-        wrapped.merge_lora(model)
+    with pytest.raises(ArgumentError, match="no lora"):
+        merge_lora(model)
 
 
 @pytest.mark.parametrize(

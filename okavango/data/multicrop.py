@@ -29,6 +29,8 @@ class MultiCrop:
         global_size, local_size: sides of the crops in pixels; locals: local crops per picture.
         global_scale, local_scale: least and greatest area of a crop over the area of the picture.
         ratio: least and greatest aspect ratio of a crop before it is resized.
+        zoom_out: probability that a crop is cut from a larger black canvas that holds the picture at a random place (for objects on
+            black), and the greatest side of that canvas over the side of the picture; uniform from 1.
         flip: probability of a horizontal flip, drawn for each crop.
         jitter: probability, then strengths of brightness, contrast, saturation (factors 1 - s .. 1 + s) and hue (turns -h .. h).
         grayscale: probability of a grey crop.
@@ -46,6 +48,7 @@ class MultiCrop:
     global_scale: tuple[float, float] = (0.32, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.32)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    zoom_out: tuple[float, float] = (0.0, 1.0)
     flip: float = 0.5
     jitter: tuple[float, float, float, float, float] = (0.8, 0.4, 0.4, 0.2, 0.1)
     grayscale: float = 0.2
@@ -67,6 +70,8 @@ class MultiCrop:
         for name in ("flip", "grayscale", "solarize", "recolour"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected a probability 0..1")
+        if not 0 <= self.zoom_out[0] <= 1 <= self.zoom_out[1]:
+            raise ValueError(f"zoom_out {self.zoom_out}: expected a probability 0..1 and a side of at least 1")
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(f"blur_sigma {self.blur_sigma}: expected 0 < low <= high pixels")
         if not 0 <= self.jitter[4] <= 0.5:
@@ -94,11 +99,14 @@ class MultiCrop:
         if image.shape[0] > self.channels:
             image = TF.rgb_to_grayscale(image)
         draws = torch.rand(2 + self.locals, 10, 4, generator=generator, dtype=torch.float64).tolist()
+        zooms = torch.rand(2 + self.locals, 4, generator=generator, dtype=torch.float64).tolist()
         flips = torch.rand(2 + self.locals, generator=generator).tolist()
         crops = []
-        for i, (draw, flip) in enumerate(zip(draws, flips, strict=True)):
+        for i, (draw, zoom, flip) in enumerate(zip(draws, zooms, flips, strict=True)):
             scale, size = (self.global_scale, self.global_size) if i < 2 else (self.local_scale, self.local_size)
-            box = crop_box(image.shape[1], image.shape[2], scale, self.ratio, draw)
+            height, width, above, left = self._canvas(image.shape[1], image.shape[2], zoom)
+            box = crop_box(height, width, scale, self.ratio, draw)
+            box = (box[0] - above, box[1] - left, *box[2:])  # what lies outside the picture is black
             crop = TF.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
             crops.append(crop.flip(-1) if flip < self.flip else crop)
         local = torch.stack(crops[2:]) if self.locals else image.new_empty(0, image.shape[0], self.local_size, self.local_size)
@@ -106,6 +114,15 @@ class MultiCrop:
             "global": torch.stack(crops[:2]).expand(-1, self.channels, -1, -1).contiguous(),
             "local": local.expand(-1, self.channels, -1, -1).contiguous(),
         }
+
+    def _canvas(self, height: int, width: int, draw: list[float]) -> tuple[int, int, int, int]:
+        """Height and width of the canvas that is cropped, and the rows above and columns left of the picture on it."""
+        probability, greatest = self.zoom_out
+        if draw[0] >= probability:
+            return height, width, 0, 0
+        side = 1 + draw[1] * (greatest - 1)
+        more_rows, more_columns = round(height * side) - height, round(width * side) - width
+        return height + more_rows, width + more_columns, int(draw[2] * (more_rows + 1)), int(draw[3] * (more_columns + 1))
 
     def photometric(self, globals: Tensor, locals: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The colour part, of a batch: recolour, jitter in an order drawn for each group of crops, grey, blur, solarise, normalise.

@@ -552,3 +552,32 @@ def _read_span(path: Path, offset: int, size: int) -> bytes:
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         return file.read(size)
+
+
+def cached(source: Source, limit: int = 2**30) -> Source:
+    """The same source, which keeps the samples it has decoded, so that several passes decode once.
+
+    Args:
+        limit: bytes of pixels that are kept; samples beyond are decoded each time.
+    """
+    return _Cached(source, limit)
+
+
+class _Cached:
+    def __init__(self, source: Source, limit: int):
+        self.source, self.left = source, limit
+        self.name, self.classes, self.labels, self.digest = source.name, source.classes, source.labels, source.digest
+        self.samples: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self.samples:
+            return self.samples[index]
+        sample = self.source[index]
+        size = sample["image"].numel()
+        if size <= self.left:
+            self.left -= size
+            self.samples[index] = sample
+        return sample

@@ -7,7 +7,6 @@ scaled by full width / active width (Eq. 2 and 3 of the paper). `ElasticViT.extr
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
+from okavango.models.backbone import Backbone, FeatureInfo, latency, register, resolve_layers
 from okavango.models.features import Features, Layer, Subnet
 from okavango.models.preprocess import Image, Normalise, Preprocess, Resize
 
@@ -507,7 +506,7 @@ class ElasticViT(_Tokens):
 
         def meets(subnet: Subnet) -> bool:
             if subnet not in measured:
-                measured[subnet] = (self.count_parameters(subnet), self._latency(subnet, batch, repeats))
+                measured[subnet] = (self.count_parameters(subnet), latency(self.extract(subnet), batch, repeats))
             return measured[subnet][1] <= latency_ms
 
         # Latency grows with parameters but not strictly (depth costs more time than width), so the neighbours above are tried too.
@@ -526,20 +525,6 @@ class ElasticViT(_Tokens):
             )
         best = good[-1]
         return Fit(best, *measured[best], measured)
-
-    @torch.inference_mode()
-    def _latency(self, subnet: Subnet, batch: int, repeats: int) -> float:
-        model, parameter = self.extract(subnet), self.pos_embed
-        side = self.native_grid[0] * self.patch_size
-        images = torch.zeros(batch, self.patch_embed.proj.in_channels, side, side, device=parameter.device, dtype=parameter.dtype)
-        times = []
-        for _ in range(3 + repeats):
-            start = time.perf_counter()
-            model(image=images)
-            if parameter.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return 1000 * sorted(times[3:])[repeats // 2]
 
 
 class ViT(_Tokens):

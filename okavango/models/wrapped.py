@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from okavango.models.backbone import Backbone, FeatureInfo, resolve_layers, unknown_name
 from okavango.models.features import Features, Layer
+from okavango.models.lora import inject_lora
 from okavango.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Image, Normalise, Preprocess, Resize
 
 Size = tuple[int, int]
@@ -63,7 +64,7 @@ def create(library: str, name: str, **arguments: Any) -> Wrapped:
     if given["frozen"]:
         model.freeze()
     if given["lora"]:
-        _inject_lora(model, given["lora"])
+        inject_lora(model, given["lora"])
     if given["num_classes"]:
         model.classifier = nn.Linear(model.feature_info.channels, given["num_classes"])
         nn.init.trunc_normal_(model.classifier.weight, std=0.02)
@@ -516,80 +517,3 @@ _LIBRARIES: dict[str, Callable[[str, Size | None, bool | str], Wrapped]] = {
     "torchvision": _torchvision,
     "open_clip": _open_clip,
 }
-
-
-# -- low-rank updates -------------------------------------------------------------------------------------------------------
-
-
-def _inject_lora(model: Wrapped, lora: int | Mapping[str, Any]) -> None:
-    """Put LoRA (arXiv 2106.09685) into the linear layers of attention and MLP; everything else in the trunk is frozen."""
-    try:
-        import peft
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError as error:
-        raise WrappedError("lora: needs peft; pip install peft") from error
-    settings = {"rank": lora} if isinstance(lora, int) else dict(lora)
-    for key in settings:
-        if key not in ("rank", "alpha", "dropout", "targets"):
-            raise WrappedError(unknown_name("setting of lora", key, ("rank", "alpha", "dropout", "targets")))
-    rank = settings.get("rank", 8)
-    names = settings.get("targets") or _lora_targets(model.trunk)
-    if not names:
-        raise WrappedError(f"{model.architecture}: has no linear layers in attention or MLP for lora; name others by targets")
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=settings.get("alpha", rank), lora_dropout=settings.get("dropout", 0.0), target_modules=list(names)
-    )
-    model.freeze()
-    peft.inject_adapter_in_model(config, model.trunk)
-    for name, parameter in model.trunk.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-
-    # Some families use a layer's weight without calling the layer; an update there would do nothing, silently.
-    idle: dict[str, Any] = {
-        name: m for name, m in model.trunk.named_modules() if isinstance(m, BaseTunerLayer) and not name.endswith(".out_proj")
-    }
-    count = len(idle)
-    hooks = [m.register_forward_hook(lambda *_, name=name: idle.pop(name, None) and None) for name, m in list(idle.items())]
-    with torch.no_grad():
-        model.eval()(image=torch.zeros(1, 3, *model.preprocess["image"].size))
-    for hook in hooks:
-        hook.remove()
-    if idle:
-        raise WrappedError(
-            f"{model.architecture}: lora has no effect on {len(idle)} of {count} layers, e.g. {next(iter(idle))}, whose weights "
-            "are read without calling them; name others by lora={'rank': ..., 'targets': (...)}"
-        )
-
-
-def _lora_targets(trunk: nn.Module) -> list[str]:
-    found: list[str] = []
-    for name, module in trunk.named_modules():
-        inside = any("attn" in part or "attention" in part or part == "mlp" for part in name.split("."))
-        nested = any(name.startswith(f"{other}.") for other in found)
-        if isinstance(module, nn.MultiheadAttention) or (isinstance(module, nn.Linear) and inside and not nested):
-            found.append(name)
-    return found
-
-
-def merge_lora(model: Wrapped) -> Wrapped:
-    """Fold LoRA's updates into the base weights, in place: names of parameters are again those of the plain network.
-
-    Raises:
-        WrappedError: a model built without `lora`.
-    """
-    if not model.arguments.pop("lora", None):
-        raise WrappedError(f"{model.architecture}: has no lora to merge")
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(model.trunk.named_modules()):
-        if isinstance(module, BaseTunerLayer) and not name.endswith(".out_proj"):
-            if hasattr(module, "unload_and_optionally_merge_module"):
-                base = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-            else:
-                module.merge()
-                base = module.get_base_layer()
-            model.trunk.set_submodule(name, base)
-    del model.trunk.peft_config
-    model.frozen = bool(model.arguments.get("frozen"))
-    model.trunk.requires_grad_(not model.frozen)
-    return model

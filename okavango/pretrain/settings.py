@@ -48,6 +48,8 @@ class Crops:
     """area of a local crop over the area of the picture"""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """aspect ratio of a crop before it is resized"""
+    zoom_out: tuple[float, float] = (0.0, 1.0)
+    """probability that a crop is cut from a larger black canvas around the picture, and that canvas's greatest side (1: none)"""
     flip: float = 0.5
     """probability of a horizontal flip"""
     jitter: tuple[float, float, float, float, float] = (0.8, 0.4, 0.4, 0.2, 0.1)
@@ -69,6 +71,8 @@ class Crops:
         require(self, prefix, 0, names="locals jitter blur_sigma")
         require(self, prefix, 0, 1, names="global_scale local_scale flip grayscale blur solarize recolour")
         require(self, prefix, 1e-3, names="ratio")
+        if not 0 <= self.zoom_out[0] <= 1 <= self.zoom_out[1]:
+            raise SettingError(f"--{prefix}zoom-out {self.zoom_out}: expected a probability 0..1 and a side of at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

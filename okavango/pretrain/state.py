@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from okavango.zoo.checkpoint import sha256_now, sync
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -34,21 +35,6 @@ class State:
     def tensors(self, part: str) -> dict[str, Tensor]:
         """The tensors of one part ("objective", "optimiser", "ema"), on the CPU."""
         return load_file(self.folder / f"{part}.safetensors")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value) -> None:
@@ -81,8 +67,9 @@ def save_state(root: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]],
         write_json(aside / "meta.json", {"format_version": FORMAT_VERSION, "step": step, **meta})
         files = sorted(path for path in aside.iterdir())
         for path in files:
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
             sync(path)
-        write_json(aside / MANIFEST, {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files})
+        write_json(aside / MANIFEST, {path.name: {"sha256": sha256_now(path), "bytes": path.stat().st_size} for path in files})
         if final.exists():
             shutil.rmtree(final)
         aside.replace(final)
@@ -108,7 +95,7 @@ def check_state(folder: Path) -> str:
             path = folder / name
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-            if sha256(path) != entry["sha256"]:
+            if sha256_now(path) != entry["sha256"]:
                 return f"{name} does not match its sha256"
         version = json.loads((folder / "meta.json").read_text())["format_version"]
     except (OSError, ValueError, KeyError) as error:

@@ -11,15 +11,14 @@ import torch
 
 from okavango import verbs
 from okavango.data.loading import derive
-from okavango.data.sources import open_source
-from okavango.downstream.classification.features import extract_features, raw_pixels
+from okavango.data.sources import cached, open_source
 from okavango.models.backbone import Backbone, create_model
 from okavango.models.features import Subnet
 from okavango.recipes import named
 from okavango.zoo.checkpoint import file_sha256
 from okavango.zoo.hub import load, resolve
 from okavango.zoo.leaderboard.page import render, table
-from okavango.zoo.leaderboard.records import Record, write_record
+from okavango.zoo.leaderboard.records import Record
 
 SHIPPED = "elastic_vit_tiny.poa_fashion"
 STEPS = 250
@@ -40,50 +39,23 @@ def quickstart(out: Path, *, steps: int = 0, seed: int = 0, say: Callable[[str],
     torch.manual_seed(derive(seed, "initial weights"))
     untrained = create_model(recipe.model, **recipe.model_args)
     untrained.preprocess = load(str(run / "export")).preprocess
+    shipped, ours = resolve(SHIPPED), run / "export"
     candidates = [
-        ("this run", load(str(run / "export")), file_sha256(run / "export" / "model.safetensors")),
-        ("untrained", untrained.eval(), ""),
-        ("shipped", load(SHIPPED), file_sha256(resolve(SHIPPED) / "model.safetensors")),
+        ("this run", load(str(ours)), {"model": recipe.model, "weights_sha256": file_sha256(ours / "model.safetensors")}),
+        ("untrained", untrained.eval(), {"model": recipe.model}),
+        ("shipped", load(SHIPPED), {"model": SHIPPED, "weights_sha256": file_sha256(shipped / "model.safetensors")}),
     ]
     say("2. measuring five subnets of each, and raw pixels")
-    train = verbs.Part(open_source("samples/fashion:train"), range(0, 10_000, 10_000 // BANK))
+    train = cached(verbs.Part(open_source("samples/fashion:train"), range(0, 10_000, 10_000 // BANK)))
     tests = [open_source("samples/fashion:test"), open_source("samples/fashion:moved")]
-    tests = [verbs.Part(test, range(0, len(test), len(test) // QUERIES)) for test in tests]
+    tests = [cached(verbs.Part(test, range(0, len(test), len(test) // QUERIES))) for test in tests]
     file = out / "records.jsonl"
     file.unlink(missing_ok=True)
-    records: list[Record] = []
-
-    def measure(embed, **facts) -> None:
-        bank = embed(train)
-        for test in tests:
-            queries = embed(test)
-            for protocol in PROTOCOLS:
-                record = verbs.measured(
-                    bank,
-                    queries,
-                    protocol,
-                    seed=seed,
-                    dataset=test.name,
-                    train_manifest_sha256=train.digest,
-                    test_manifest_sha256=test.digest,
-                    **facts,
-                )
-                write_record(file, record)
-                records.append(record)
-
-    measure(lambda source: raw_pixels(source, 28, channels=1), model="raw-pixels", baseline="raw pixels")
-    for baseline, model, sha256 in candidates:
-        for subnet in five_sizes(model):
-            sized = model.extract(subnet)
-            facts = {"parameters": sum(p.numel() for p in sized.parameters()), "latency_ms": verbs.latency(sized)}
-            measure(
-                lambda source, sized=sized: extract_features(sized, source),
-                model=recipe.model if baseline != "shipped" else SHIPPED,
-                subnet=str(subnet),
-                baseline=baseline,
-                weights_sha256=sha256,
-                **facts,
-            )
+    embed, facts = verbs.raw_pixels_job((28, 28), channels=1)
+    records = verbs.measure(embed, train, tests, PROTOCOLS, seed=seed, out=file, **facts)
+    for baseline, model, own in candidates:
+        for embed, facts in verbs.backbone_jobs(model, list(map(str, five_sizes(model))), baseline=baseline, **own):
+            records += verbs.measure(embed, train, tests, PROTOCOLS, seed=seed, out=file, **facts)
         say(f"   {baseline}: done after {time.perf_counter() - begun:.0f} s")
     page = out / "index.html"
     curves = {"learning curves of this run": (run / "curves.png").read_bytes()}

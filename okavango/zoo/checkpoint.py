@@ -13,9 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,8 @@ from torch import Tensor, nn
 from okavango.models.backbone import Backbone, create_model
 from okavango.models.features import Features, Subnet, TextBatch
 from okavango.models.preprocess import Preprocess, Text
+from okavango.zoo.card import render_card
+from okavango.zoo.loading import CheckpointError, LoadReport, load_weights
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD = FILES = ("config.json", "model.safetensors", "README.md")
@@ -49,131 +49,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 PROBE_TOLERANCE = 1e-3  # of the root mean square of the output; kernels differ between CPUs by about 1e-6
 
-Resize = Callable[[str, Tensor, Sequence[int]], Tensor | None]
 Head = Callable[[Backbone, dict], nn.Module]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read, written or fitted to a model; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of every tensor of a file and of every parameter of a model.
-
-    Attributes:
-        matched: names in the model that were filled as they are.
-        renamed: name in the file -> name in the model, where they differ.
-        resized: name in the model -> (shape in the file, shape in the model).
-        skipped: name in the file -> why it was left out.
-        missing: names in the model that the file does not fill.
-        unexpected: names in the file that the model does not have.
-    """
-
-    matched: tuple[str, ...] = ()
-    renamed: dict[str, str] = field(default_factory=dict)
-    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.matched)} tensors matched"]
-        if self.renamed:
-            lines.append(f"{len(self.renamed)} renamed: {_some(f'{old} -> {new}' for old, new in self.renamed.items())}")
-        lines += [f"resized {name}: {list(old)} -> {list(new)}" for name, (old, new) in self.resized.items()]
-        for reason in dict.fromkeys(self.skipped.values()):
-            names = [name for name, why in self.skipped.items() if why == reason]
-            lines.append(f"{len(names)} skipped, {reason}: {_some(names)}")
-        if self.missing:
-            lines.append(f"{len(self.missing)} missing in the file: {_some(self.missing)}")
-        if self.unexpected:
-            lines.append(f"{len(self.unexpected)} unexpected in the file: {_some(self.unexpected)}")
-        return "\n".join(lines)
-
-
-def _some(names, count: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:count]) + (f", ... ({len(names) - count} more)" if len(names) > count else "")
-
-
-# -- weights into a model -----------------------------------------------------------------------------------------------------
-
-
-def load_weights(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    *,
-    rename: Mapping[str, str] | None = None,
-    resize: Resize | None = None,
-    skip: Mapping[str, str] | None = None,
-    strict: bool = True,
-) -> LoadReport:
-    """Fill a model from named tensors; each is cast to the dtype that the model has.
-
-    Args:
-        model: filled in place; parameters on the meta device are replaced.
-        tensors: name -> tensor.
-        rename: name in `tensors` -> name in the model.
-        resize: called as ``resize(name, tensor, shape)`` where shapes differ; returns the fitted tensor or None when it cannot.
-            By default the model's own `resize_weights`, where it has one.
-        skip: pattern of names in `tensors` (``decoder.*``) -> the reason to leave them out.
-        strict: raise when a name is missing or unexpected, or a shape does not fit.
-    Raises:
-        CheckpointError: two tensors for one name; with `strict`, any tensor without a place or place without a tensor.
-
-    Example:
-        >>> print(load_weights(nn.Linear(2, 1), {"weight": torch.ones(1, 2), "b": torch.zeros(1)}, rename={"b": "bias"}))
-        2 tensors matched
-        1 renamed: b -> bias
-    """
-    rename, skip = rename or {}, skip or {}
-    resize = resize or getattr(model, "resize_weights", None)
-    places = model.state_dict()
-    filled: dict[str, Tensor] = {}
-    renamed, resized, skipped, unexpected, unfit = {}, {}, {}, [], []
-    for old, tensor in tensors.items():
-        name = rename.get(old, old)
-        reason = next((why for pattern, why in skip.items() if fnmatchcase(old, pattern)), None)
-        if reason is not None:
-            skipped[old] = reason
-            continue
-        if name not in places:
-            unexpected.append(old)
-            continue
-        if name in filled:
-            raise CheckpointError(f"{type(model).__name__}: two tensors of the file go to {name!r}; mend `rename`")
-        place = places[name]
-        if tensor.shape != place.shape:
-            fitted = resize(name, tensor, tuple(place.shape)) if resize else None
-            if fitted is None or fitted.shape != place.shape:
-                skipped[old] = f"shape {list(tensor.shape)} does not fit {list(place.shape)}"
-                unfit.append(f"{old} {skipped[old]}")
-                continue
-            resized[name] = (tuple(tensor.shape), tuple(place.shape))
-            tensor = fitted
-        if name != old:
-            renamed[old] = name
-        filled[name] = tensor.to(place.dtype) if place.is_floating_point() else tensor
-    report = LoadReport(
-        matched=tuple(name for name in filled if name not in resized),
-        renamed=renamed,
-        resized=resized,
-        skipped=skipped,
-        missing=tuple(name for name in places if name not in filled),
-        unexpected=tuple(unexpected),
-    )
-    if strict and (report.missing or report.unexpected or unfit):
-        parts = [f"{len(unfit)} do not fit ({_some(unfit)})"] if unfit else []
-        parts += [f"{len(report.missing)} missing ({_some(report.missing)})"] if report.missing else []
-        parts += [f"{len(report.unexpected)} unexpected ({_some(report.unexpected)})"] if report.unexpected else []
-        raise CheckpointError(
-            f"weights do not fit {type(model).__name__}: {'; '.join(parts)}; "
-            "use the architecture and arguments they were saved with, name them in `rename` or `skip`, or pass strict=False"
-        )
-    on_meta = any(place.is_meta for place in places.values())
-    model.load_state_dict(filled, strict=False, assign=on_meta)
-    return report
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------------
@@ -237,6 +113,11 @@ def file_sha256(path: str | os.PathLike) -> str:
 @functools.lru_cache(maxsize=256)
 def _file_sha256(path: str, size: int, mtime_ns: int, inode: int) -> str:
     del size, mtime_ns, inode
+    return sha256_now(path)
+
+
+def sha256_now(path: str | os.PathLike) -> str:
+    """Hexadecimal sha256 of a file as it is on the disk now."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -606,7 +487,7 @@ def _alive(pid: int) -> bool:
 def replace_folder(staging: Path, folder: Path) -> None:
     """Put a finished folder in its place: everything in it reaches the disk first, then it is renamed."""
     for path in [*staging.iterdir(), staging]:
-        _sync(path)
+        sync(path)
     if folder.exists():
         old = folder.parent / f".{folder.name}.old-{os.getpid()}"
         shutil.rmtree(old, ignore_errors=True)
@@ -615,59 +496,13 @@ def replace_folder(staging: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         staging.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# -- card ---------------------------------------------------------------------------------------------------------------------
-
-
-def render_card(card: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """README.md of a checkpoint: YAML front matter that model hubs read, then what the card says.
-
-    Args:
-        card: `title`, `licence` (an SPDX identifier in lower case) and `tags` are known; of the others (recipe, seed, hours,
-            command, results, intended_use, ...) short values become rows of a table, long texts, lists and dicts become sections.
-        config: content of `config.json`.
-    """
-    card = dict(card)
-    title, licence, tags = card.pop("title"), card.pop("licence", None), list(card.pop("tags", []))
-    modalities = list(config["preprocess"]["specs"])
-    front = {"license": licence or "unknown", "library_name": "okavango", "tags": ["okavango", config["kind"], *modalities, *tags]}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "", f"# {title}", ""]
-    rows = {
-        "architecture": f"`{config['architecture']}`",
-        "input": ", ".join(f"{name} {'x'.join(map(str, e['shape'][1:]))}" for name, e in config["probe"]["inputs"].items()),
-        "licence": licence or "unknown",
-        "weights": f"{config['weights']['bytes']} bytes, {config['weights']['dtype']}, sha256 `{config['weights']['sha256']}`",
-    }
-    if config["parent"]:
-        rows["parent"] = f"`{config['parent'].get('name')}`" + (f", subnet `{config['subnet']}`" if config["subnet"] else "")
-    sections: dict[str, Any] = {}
-    for key, value in card.items():
-        long = isinstance(value, (dict, list, tuple)) or len(str(value)) > 100 or "\n" in str(value)
-        (sections if long else rows)[key.replace("_", " ")] = value
-    lines += _table(rows)
-    for heading, value in sections.items():
-        lines += ["", f"## {heading.capitalize()}", ""]
-        if isinstance(value, dict):
-            lines += _table(value)
-        elif isinstance(value, (list, tuple)):
-            lines += [f"- {item}" for item in value]
-        else:
-            lines.append(str(value))
-    return "\n".join(lines) + "\n"
-
-
-def _table(rows: Mapping[str, Any]) -> list[str]:
-    def cell(value: Any) -> str:
-        return str(value).replace("|", "\\|").replace("\n", " ")
-
-    return ["| | |", "|---|---|", *(f"| {cell(key)} | {cell(value)} |" for key, value in rows.items())]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from okavango.models.backbone import create_model
 from okavango.models.elastic_vit import ElasticViT
-from okavango.zoo.checkpoint import load_weights
+from okavango.zoo.loading import load_weights
 
 _VIT = (
     (r"(blocks\.\d+\.norm[12])\.norm\.", r"\1."),

@@ -6,7 +6,7 @@ A version never changes once it has been published; another choice of settings i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,23 +39,23 @@ class Outcome:
 # of logistic/v1: enough for three digits of accuracy, and pixels in thousands of columns stay affordable
 SOLVER: dict[str, Any] = {"iterations": 100, "tolerance": 1e-4, "dtype": torch.float32}
 
-Protocol = Callable[[Embedded, Embedded, int], tuple[np.ndarray, dict[str, Any]]]
+Predict = Callable[[Embedded], tuple[np.ndarray, dict[str, Any]]]  # classes int (N,), and what else is worth noting
 
 
-def knn_v1(train: Embedded, test: Embedded, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+def knn_v1(train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
     """Weighted votes of the 20 nearest at temperature 0.07; the accuracy at 10, 100 and 200 is noted, never chosen from."""
-    assert train.labels is not None and test.labels is not None
-    predicted = knn.knn_predict(train.features, train.labels, test.features)
-    at = {str(k): float((classes == test.labels).mean()) for k, classes in predicted.items()}
-    settings = {"k": 20, "temperature": knn.TEMPERATURE, "similarity": "cosine", "bank": len(train), "accuracy_at_k": at}
-    return predicted[20], settings
+
+    def predict(test: Embedded) -> tuple[np.ndarray, dict[str, Any]]:
+        predicted = knn.knn_predict(train.features, train.labels, test.features)
+        at = {str(k): float((classes == test.labels).mean()) for k, classes in predicted.items()}
+        return predicted[20], {"accuracy_at_k": at}
+
+    return predict, {"k": 20, "temperature": knn.TEMPERATURE, "similarity": "cosine", "bank": len(train)}
 
 
-def logistic_v1(train: Embedded, test: Embedded, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+def logistic_v1(train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
     """L-BFGS on standardised features; C by the accuracy on a held-out tenth of the training set, then fitted on all of it."""
-    assert train.labels is not None
     kept, held = train.split(HELD_OUT, seed)
-    assert kept.labels is not None and held.labels is not None
     classes = int(train.labels.max()) + 1
     accuracies, model = [], None
     for C in logistic.GRID:  # from strong to weak penalty, each beginning where the last one ended
@@ -71,12 +71,11 @@ def logistic_v1(train: Embedded, test: Embedded, seed: int) -> tuple[np.ndarray,
         "features": "standardised",
         "converged": model.converged,
     }
-    return model.predict(test.features), settings
+    return lambda test: (model.predict(test.features), {}), settings
 
 
-def linear_v1(train: Embedded, test: Embedded, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+def linear_v1(train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
     """2000 steps of SGD on standardised features; the rate by a held-out tenth of the training set, then trained on all of it."""
-    assert train.labels is not None
     kept, held = train.split(HELD_OUT, seed)
     classes = int(train.labels.max()) + 1
     inner = logistic.Standardiser.fit(kept.features)
@@ -85,7 +84,11 @@ def linear_v1(train: Embedded, test: Embedded, seed: int) -> tuple[np.ndarray, d
     outer = logistic.Standardiser.fit(train.features)
     rate = linear.RATES[best]
     weights, biases = linear.train_heads(*_tensors(outer, train), classes, rates=[rate], steps=linear.STEPS, seed=seed)
-    logits = torch.from_numpy(outer(test.features)).float() @ weights[0] + biases[0]
+
+    def predict(test: Embedded) -> tuple[np.ndarray, dict[str, Any]]:
+        logits = torch.from_numpy(outer(test.features)).float() @ weights[0] + biases[0]
+        return logits.argmax(dim=1).numpy(), {}
+
     settings = {
         "rate": rate,
         "grid": list(linear.RATES),
@@ -96,14 +99,20 @@ def linear_v1(train: Embedded, test: Embedded, seed: int) -> tuple[np.ndarray, d
         "held_out_accuracy": accuracies,
         "features": "standardised",
     }
-    return logits.argmax(dim=1).numpy(), settings
+    return predict, settings
 
 
 def _tensors(standardise: logistic.Standardiser, part: Embedded) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(standardise(part.features)).float(), torch.from_numpy(part.labels)
 
 
-PROTOCOLS: dict[str, Protocol] = {"knn/v1": knn_v1, "logistic/v1": logistic_v1, "linear/v1": linear_v1}
+Protocol = Callable[[Embedded, int], tuple[Predict, dict[str, Any]]]  # fitted to a training set with a seed
+
+PROTOCOLS: dict[str, Protocol] = {
+    "knn/v1": knn_v1,
+    "logistic/v1": logistic_v1,
+    "linear/v1": linear_v1,
+}
 
 
 def resolve(protocol: str) -> str:
@@ -124,30 +133,65 @@ def resolve(protocol: str) -> str:
     return max(versions, key=lambda name: int(name.rpartition("/v")[2]))
 
 
-def evaluate_features(train: Embedded, test: Embedded, protocol: str, seed: int = 0) -> Outcome:
-    """Fit on `train`, measure on `test`; the test set is never used to choose anything.
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A protocol fitted to a training set; measures any number of test sets.
+
+    Attributes:
+        protocol: full name.
+        width: of the features.
+        settings: everything that was fixed or chosen in training.
+    """
+
+    protocol: str
+    width: int
+    settings: dict[str, Any]
+    predict: Predict = field(repr=False)
+
+    def score(self, test: Embedded) -> Outcome:
+        """Measure on a test set, which is never used to choose anything.
+
+        Raises:
+            ValueError: labels missing, an empty set, another width, or values that are not finite.
+        """
+        _check(self.protocol, "test", test)
+        if test.features.shape[1] != self.width:
+            raise ValueError(
+                f"protocol {self.protocol}: features are {self.width} wide in training and {test.features.shape[1]} in test; "
+                "extract both with the same model and subnet"
+            )
+        predicted, noted = self.predict(test)
+        correct = predicted == test.labels
+        return Outcome("accuracy", float(correct.mean()), correct, self.settings | noted)
+
+
+def fit(train: Embedded, protocol: str, seed: int = 0) -> Fitted:
+    """Fit what a protocol fits.
 
     Args:
         protocol: "knn", "logistic" or "linear", with or without a version such as "knn/v1".
         seed: for held-out parts, initial weights and order.
     Raises:
-        ValueError: unknown protocol, labels missing, empty sets, widths that differ, or values that are not finite.
+        ValueError: unknown protocol, labels missing, an empty set, or values that are not finite.
     """
     name = resolve(protocol)
-    for what, part in (("training", train), ("test", test)):
-        if part.labels is None:
-            raise ValueError(f"protocol {name}: the {what} set has no labels; classification needs them")
-        if not len(part):
-            raise ValueError(f"protocol {name}: the {what} set is empty")
-        if part.labels.min() < 0:
-            raise ValueError(f"protocol {name}: the {what} set has the label {part.labels.min()}; labels count from 0")
-        if not np.isfinite(part.features).all():
-            raise ValueError(f"protocol {name}: the features of the {what} set hold values that are not finite; check the model")
-    if train.features.shape[1] != test.features.shape[1]:
-        raise ValueError(
-            f"protocol {name}: features are {train.features.shape[1]} wide in training and {test.features.shape[1]} in test; "
-            "extract both with the same model and subnet"
-        )
-    predicted, settings = PROTOCOLS[name](train, test, seed)
-    correct = predicted == test.labels
-    return Outcome("accuracy", float(correct.mean()), correct, settings)
+    _check(name, "training", train)
+    predict, settings = PROTOCOLS[name](train, seed)
+    return Fitted(name, train.features.shape[1], settings, predict)
+
+
+def evaluate_features(train: Embedded, test: Embedded, protocol: str, seed: int = 0) -> Outcome:
+    """`fit` on one set, `Fitted.score` on the other."""
+    _check(resolve(protocol), "test", test)  # before the fit, which may take minutes
+    return fit(train, protocol, seed).score(test)
+
+
+def _check(protocol: str, what: str, part: Embedded) -> None:
+    if part.labels is None:
+        raise ValueError(f"protocol {protocol}: the {what} set has no labels; classification needs them")
+    if not len(part):
+        raise ValueError(f"protocol {protocol}: the {what} set is empty")
+    if part.labels.min() < 0:
+        raise ValueError(f"protocol {protocol}: the {what} set has the label {part.labels.min()}; labels count from 0")
+    if not np.isfinite(part.features).all():
+        raise ValueError(f"protocol {protocol}: the features of the {what} set hold values that are not finite; check the model")
