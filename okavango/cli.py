@@ -175,12 +175,13 @@ def zoo_extract(checkpoint: Positional[str], subnet: str, out: Path) -> None:
         subnet: w64_d2 ...
         out: folder to write.
     """
+    from okavango.models.backbone import Elastic
     from okavango.models.features import Subnet
     from okavango.zoo.checkpoint import file_sha256, save_checkpoint
     from okavango.zoo.hub import load, resolve
 
     model = load(checkpoint)
-    if not hasattr(model, "extract"):
+    if not isinstance(model, Elastic):
         raise ValueError(f"{checkpoint} is not elastic: there is nothing to extract")
     if out.resolve() == resolve(checkpoint).resolve():
         raise ValueError(f"--out {out}: is the checkpoint itself; choose another folder")

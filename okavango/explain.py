@@ -45,10 +45,8 @@ def attention(model: Backbone, images: Any, *, layer: int = -1, subnet: Subnet |
     training = model.training
     model.eval()
     try:
-        if hasattr(model, "attention_weights"):
-            weights = model.attention_weights({"image": batch}, layer, subnet)
-        else:
-            weights = _recompute(model, batch, layer, subnet)
+        own = getattr(model, "attention_weights", None)
+        weights = own({"image": batch}, layer, subnet) if own else _recompute(model, batch, layer, subnet)
     finally:
         model.train(training)
     if not class_maps:
@@ -196,7 +194,7 @@ def _stretch(scores: Tensor, percentiles: tuple[float, float]) -> Tensor:
 
 def pictures(model: Backbone, batch: Tensor) -> Tensor:
     """Undo a preprocess: normalised float (B, C, H, W) -> uint8 (B, H, W, 3), for looking at."""
-    rule = model.preprocess["image"].normalise
+    rule = model.preprocess.array().normalise
     values = batch.detach().float().cpu()
     if rule.rule == "standard":
         values = values * torch.tensor(rule.std).view(-1, 1, 1) + torch.tensor(rule.mean).view(-1, 1, 1)

@@ -8,9 +8,10 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from okavango.data.sources import ImageFolder, Source, cached, open_source
 from okavango.downstream.classification.features import Embedded, extract_features, raw_pixels
 from okavango.downstream.classification.head import Classifier
 from okavango.downstream.classification.protocols import Outcome, evaluate_features, fit, resolve
-from okavango.models.backbone import Backbone, create_model, latency, unknown_name
+from okavango.models.backbone import Backbone, Elastic, create_model, latency, unknown_name
 from okavango.models.features import Subnet
 from okavango.pretrain import loop
 from okavango.pretrain.settings import Recipe
@@ -50,7 +51,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         fields = {field.name for field in dataclasses.fields(recipe)}
         loop_fields = {field.name for field in dataclasses.fields(recipe.run)} if isinstance(recipe, Recipe) else set()
         if head in fields:
-            new = override(getattr(recipe, head), {rest: value}) if rest else value
+            new: Any = override(getattr(recipe, head), {rest: value}) if rest else value
             recipe = dataclasses.replace(recipe, **{head: new})
         elif not rest and head in loop_fields:
             recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, **{head: value}))
@@ -123,7 +124,11 @@ def _final_record(online: OnlineKnn, out: Path, recipe: Recipe) -> None:
     """The last k-NN of a run, on what it exported, as a record in its folder."""
     file, export = out / "records.jsonl", out / "export"
     file.unlink(missing_ok=True)
-    facts = {"model": recipe.name, "baseline": "pretrained", "weights_sha256": file_sha256(export / "model.safetensors")}
+    facts: dict[str, Any] = {
+        "model": recipe.name,
+        "baseline": "pretrained",
+        "weights_sha256": file_sha256(export / "model.safetensors"),
+    }
     for embed_source, more in backbone_jobs(load(str(export)), **facts):
         measure(embed_source, online.bank, [online.queries], ["knn/v1"], seed=recipe.run.seed, out=file, **more)
 
@@ -149,7 +154,7 @@ class OnlineKnn:
         self.queries, self.bank = Part(source, order[::5]), Part(source, np.delete(order, np.s_[::5]))
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        backbone = model if isinstance(model, Backbone) else model.backbone
+        backbone = model if isinstance(model, Backbone) else cast(Backbone, model.backbone)
         bank, queries = (extract_features(backbone, part) for part in (self.bank, self.queries))
         return {"accuracy": evaluate_features(bank, queries, "knn/v1").value}
 
@@ -157,7 +162,7 @@ class OnlineKnn:
 class Part:
     """Some samples of a source, as a source."""
 
-    def __init__(self, source: Source, indices: Sequence[int]):
+    def __init__(self, source: Source, indices: Iterable[int]):
         self.source, self.indices = source, [int(i) for i in indices]
         self.classes, self.name = source.classes, f"{source.name}[{len(self.indices)}]"
         self.labels = None if source.labels is None else np.asarray(source.labels)[self.indices]
@@ -265,7 +270,7 @@ def raw_pixels_job(size: tuple[int, int], channels: int = 3) -> tuple[Embed, dic
 
 
 def backbone_jobs(
-    model: Backbone, subnets: Sequence[str] | str = (), *, batch: int = 256, **facts: Any
+    model: Backbone, /, subnets: Sequence[str] | str = (), *, batch: int = 256, **facts: Any
 ) -> Iterator[tuple[Embed, dict[str, Any]]]:
     """How to embed a source with a backbone, or with each of its subnets, and the facts of its records; for `measure`.
 
@@ -274,10 +279,13 @@ def backbone_jobs(
         **facts: fields of the records: model, baseline, weights_sha256 ...
     """
     for subnet in chosen_subnets(model, subnets):
-        sized = model if subnet is None else model.extract(subnet)
+        sized = model
+        if subnet is not None:
+            assert isinstance(model, Elastic)  # `chosen_subnets` refuses others
+            sized = model.extract(subnet)
         own = {"parameters": sum(p.numel() for p in sized.parameters()), "latency_ms": latency(sized)}
         name = str(subnet or "")
-        yield lambda source, sized=sized: extract_features(sized, source, batch=batch), {"subnet": name, **own, **facts}
+        yield partial(extract_features, sized, batch=batch), {"subnet": name, **own, **facts}
 
 
 def measure(
@@ -393,7 +401,7 @@ def chosen_subnets(model: Backbone, wanted: Sequence[str] | str) -> list[Subnet 
     """
     if not wanted:
         return [None]
-    if not hasattr(model, "list_subnets"):
+    if not isinstance(model, Elastic):
         raise ValueError(f"{model.architecture} is not elastic: it has no subnets to choose from")
     if wanted in ("all", ["all"], ("all",)):
         return list(model.list_subnets())
@@ -472,7 +480,11 @@ def predict(checkpoint: str, data: str | Source, *, top: int = 1, batch: int = 2
 def heads() -> dict[str, Callable[[Backbone, dict], nn.Module]]:
     """Heads that a checkpoint may name, our own and those of other packages (entry points ``okavango.heads``)."""
     known = [Classifier, *(point.load() for point in entry_points(group="okavango.heads"))]
-    return {head.entry: lambda backbone, arguments, head=head: head(backbone, **arguments) for head in known}
+    return {head.entry: partial(_build_head, head) for head in known}
+
+
+def _build_head(head: Callable[..., nn.Module], backbone: Backbone, arguments: dict) -> nn.Module:
+    return head(backbone, **arguments)
 
 
 def command_line() -> str:

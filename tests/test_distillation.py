@@ -78,6 +78,15 @@ def test_marginals_of_sinkhorn(seed, rows, columns):
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 0.004, 0.01])
+def test_sharp_temperatures_stay_finite(temperature):
+    """Cosines over a small temperature exceed what float32 can exponentiate."""
+    logits = F.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(3)), dim=1)
+    targets = sinkhorn(logits, temperature)
+    assert torch.isfinite(targets).all()
+    torch.testing.assert_close(targets.sum(1), torch.ones(40))
+
+
 def test_sinkhorn_of_nothing_is_nothing():
     assert sinkhorn(torch.zeros(0, 7), 0.07).shape == (0, 7)
     assert not sinkhorn(torch.zeros(3, 7, requires_grad=True), 0.07).requires_grad

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from okavango.data.sources import BadSample
 from okavango.downstream.classification.features import Embedded, extract_features, raw_pixels
 from okavango.downstream.classification.knn import knn_predict, nearest, normalised, vote
-from okavango.downstream.classification.protocols import PROTOCOLS, evaluate_features, resolve
+from okavango.downstream.classification.protocols import PROTOCOLS, evaluate_features, fit, resolve
 from okavango.models.backbone import Backbone, FeatureInfo
 from okavango.models.features import Features, Subnet
 from okavango.models.preprocess import Image, Normalise, Preprocess, Resize
@@ -201,6 +201,16 @@ def test_the_protocol():
     assert np.array_equal(outcome.correct, expected == test.labels)
     few = evaluate_features(train.take(np.arange(12)), test, "knn/v1")  # a bank smaller than k: all of it votes
     assert 0.1 < few.value < outcome.value
+
+
+def test_one_fit_measures_any_number_of_test_sets():
+    train = extract_features(Flat(), Pictures(range(300)))
+    tests = [extract_features(Flat(), Pictures(range(start, start + 100))) for start in (800, 900)]
+    for protocol in PROTOCOLS:
+        fitted = fit(train, protocol, seed=1)
+        for test in tests:
+            once, again = fitted.score(test), evaluate_features(train, test, protocol, seed=1)
+            assert np.array_equal(once.correct, again.correct) and once.settings == again.settings
 
 
 def test_names_of_protocols(monkeypatch):

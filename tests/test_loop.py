@@ -101,6 +101,21 @@ def test_run_starts_from_either_export(tmp_path):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in backbone.state_dict().items())
 
 
+def test_an_uncaught_mistake_ends_the_program(tmp_path):
+    """A traceback keeps the loop's frames alive, and with them the workers; the interpreter must not wait for them at its end."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "from okavango import verbs\n"
+        "from okavango.pretrain.objectives.poa import POA\n"
+        "def fail(self, step):\n"
+        "    raise KeyError('as planned')\n"
+        "POA.after_step = fail\n"
+        f"verbs.pretrain('poa_tiny', out={str(tmp_path / 'run')!r}, workers=2)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], env=environ(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "as planned" in done.stderr
+
+
 def test_not_finite_is_caught_saved_and_replayed(tmp_path, monkeypatch):
     from okavango.pretrain.objectives.poa import POA
 

@@ -125,6 +125,23 @@ def test_crop_is_resized_crop_of_the_drawn_box_and_flips():
     assert all(torch.equal(got[key], again[key]) and not torch.equal(got[key], other[key]) for key in got)
 
 
+def test_zoomed_out_crops_show_the_picture_whole_on_black():
+    """Crops of a whole canvas, up to twice the size of a white picture: a white rectangle of a quarter to all of the area."""
+    image = torch.full((1, 16, 16), 255, dtype=torch.uint8)
+    settings = {**PLAIN, "global_size": 32, "locals": 0, "global_scale": (1.0, 1.0), "ratio": (1.0, 1.0), "channels": 1}
+    augment = MultiCrop(**settings, zoom_out=(1.0, 2.0))
+    shares, places = [], set()
+    for seed in range(60):
+        for crop in augment.crop(image, generator(seed))["global"][:, 0]:
+            rows, columns = (crop > 127).any(1).nonzero()[:, 0], (crop > 127).any(0).nonzero()[:, 0]
+            assert (crop[rows[0] + 1 : rows[-1], columns[0] + 1 : columns[-1]] > 200).all(), "one whole rectangle"
+            shares.append(len(rows) * len(columns) / crop.numel())
+            places.add((int(rows[0]), int(columns[0])))
+    assert 0.22 < min(shares) < 0.4 and 0.85 < max(shares) <= 1 and len(places) > 40
+    never = MultiCrop(**settings, zoom_out=(0.0, 2.0)).crop(image, generator())["global"]
+    assert (never == 255).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 9), (3, 7, 2), (1, 28, 28)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_any_size_and_channels(shape, channels):
@@ -161,6 +178,7 @@ def test_other_pictures_are_refused(image):
         {"global_scale": (0.5, 0.2)},
         {"local_scale": (0.0, 0.2)},
         {"flip": 1.5},
+        {"zoom_out": (0.5, 0.9)},
         {"channels": 4},
         {"mean": (0.5,)},
         {"blur_sigma": (0.0, 1.0)},

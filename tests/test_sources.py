@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from okavango.data import sources
-from okavango.data.sources import Arrays, BadSample, HuggingFace, ImageFolder, Shards, decode, open_source
+from okavango.data.sources import Arrays, BadSample, HuggingFace, ImageFolder, Shards, cached, decode, open_source
 from okavango.samples import build_fashion
 from okavango.samples.fashion import fashion, moved
 
@@ -368,6 +368,24 @@ def test_every_source_is_cheap_to_send(folder, tmp_path_factory):
 
 
 # -- the sample that ships ----------------------------------------------------------------------------------------
+
+
+def test_cached_decodes_once_within_its_limit():
+    class Counting(Arrays):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    plain = Counting(np.arange(4 * 9, dtype=np.uint8).reshape(4, 3, 3), [0, 1, 0, 1], classes=("a", "b"))
+    kept = cached(plain, limit=2 * 9)
+    assert (kept.name, kept.classes, kept.digest, len(kept)) == (plain.name, plain.classes, plain.digest, 4)
+    for _ in range(3):
+        for index in range(4):
+            sample = kept[index]
+            assert torch.equal(sample["image"], plain.images[index]) and sample["label"] == index % 2
+    assert plain.reads == 2 * 1 + 2 * 3, "the first two were kept, the others did not fit"
 
 
 def test_shipped_sample_is_what_its_provenance_says():

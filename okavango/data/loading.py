@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,10 +153,11 @@ def batch_loader(
     prefetch: int = 2,
     pin_memory: bool = False,
     close_fds: Sequence[int] = (),
-) -> Iterator[tuple[int, int, dict]]:
+) -> Generator[tuple[int, int, dict], None, None]:
     """Yield (step, micro, batch) in order, for all micro-batches of steps start_step .. stop_step - 1.
 
-    The iterator may be thrown away at any point: nothing but the step has to be remembered to go on.
+    The generator may be closed at any point: nothing but the step has to be remembered to go on. Close it (`contextlib.closing`)
+    rather than leave it to the interpreter's end, which would wait for the workers.
 
     Args:
         batches: see there.
@@ -179,10 +180,15 @@ def batch_loader(
         worker_init_fn=functools.partial(_start_worker, tuple(close_fds) if forked else ()),
         generator=torch.Generator().manual_seed(0),  # iterators draw a seed: not from the global generator, please
     )
-    for (step, micro), batch in zip(loader.sampler, loader, strict=True):
-        if isinstance(batch, ValueError):
-            raise batch
-        yield step, micro, batch
+    iterator = iter(loader)
+    try:
+        for step, micro in loader.sampler:
+            batch = next(iterator)
+            if isinstance(batch, ValueError):
+                raise batch
+            yield step, micro, batch
+    finally:
+        del iterator  # ends the workers
 
 
 class _Steps:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,14 @@ class Backbone(nn.Module):
         architecture: name that `create_model` knows; arguments: keyword arguments that rebuild it.
         preprocess: modality -> spec of the input; its keys are the modalities.
         feature_info: channels and strides (of the intact network, where it is elastic).
+        activation_checkpointing: recompute blocks in the backward pass; a backbone that cannot does not look at it.
     """
 
     architecture: str
     arguments: dict[str, Any]
     preprocess: Preprocess
     feature_info: FeatureInfo
+    activation_checkpointing: bool = False
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -95,10 +97,24 @@ class Backbone(nn.Module):
         return {}
 
 
+@runtime_checkable
+class Elastic(Protocol):
+    """What a backbone has besides when it holds subnets."""
+
+    def list_subnets(self) -> list[Subnet]:
+        """All subnets."""
+
+    def check_subnet(self, subnet: Subnet | None) -> Subnet:
+        """The subnet itself, or the intact one for None; ValueError where there is no such subnet."""
+
+    def extract(self, subnet: Subnet) -> Backbone:
+        """A stand-alone model with a copy of the weights."""
+
+
 @torch.inference_mode()
 def latency(model: Backbone, batch: int = 1, repeats: int = 15) -> float:
     """Median milliseconds of a forward pass on zeros of the trained input size, where the model lies, with torch's threads."""
-    spec, parameter = model.preprocess["image"], next(model.parameters())
+    spec, parameter = model.preprocess.array(), next(model.parameters())
     images = torch.zeros(batch, len(spec.channels), *spec.size, device=parameter.device, dtype=parameter.dtype)
     times = []
     for _ in range(3 + repeats):  # the first ones are for caches
@@ -127,9 +143,10 @@ class ArgumentError(TypeError, ValueError):
 
 
 ARCHITECTURES: dict[str, Callable[..., Backbone]] = {}
+Build = TypeVar("Build", bound=Callable[..., Backbone])
 
 
-def register(build: Callable[..., Backbone]) -> Callable[..., Backbone]:
+def register(build: Build) -> Build:
     """Decorator: the function's name becomes an architecture of the zoo."""
     ARCHITECTURES[build.__name__] = build
     return build

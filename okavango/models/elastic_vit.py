@@ -7,8 +7,9 @@ scaled by full width / active width (Eq. 2 and 3 of the paper). `ElasticViT.extr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from okavango.models.backbone import Backbone, FeatureInfo, latency, register, resolve_layers
 from okavango.models.features import Features, Layer, Subnet
 from okavango.models.preprocess import Image, Normalise, Preprocess, Resize
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 NORM_EPS = 1e-6
 
@@ -50,7 +54,8 @@ def linear(x: Tensor, layer: nn.Linear, out: int, groups: int = 1) -> Tensor:
         (..., groups * out), scaled by in_features / inputs; the bias is not scaled.
     """
     inputs = x.shape[-1]
-    weight, bias = layer.weight, layer.bias
+    weight: Tensor = layer.weight
+    bias: Tensor = layer.bias
     if groups == 1:
         weight, bias = weight[:out, :inputs], bias[:out]
     elif groups * out != layer.out_features or inputs != layer.in_features:
@@ -109,7 +114,8 @@ class Attention(nn.Module):
         """Queries, keys and values, each (B, heads, N, head_dim)."""
         batch, tokens, width = x.shape
         qkv = linear(x, self.qkv, width, groups=3).view(batch, tokens, 3, width // self.head_dim, self.head_dim)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return query, key, value
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = F.scaled_dot_product_attention(*self.split(x))
@@ -162,6 +168,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch_size, patch_size)
 
     def forward(self, images: Tensor, width: int) -> Tensor:
+        assert self.proj.bias is not None
         out = F.conv2d(images, self.proj.weight[:width], self.proj.bias[:width], self.proj.stride)
         return out.flatten(2).transpose(1, 2)
 
@@ -209,7 +216,7 @@ class Fit:
     subnet: Subnet
     parameters: int
     latency_ms: float | None
-    measured: dict[Subnet, tuple[int, float | None]]
+    measured: Mapping[Subnet, tuple[int, float | None]]
 
 
 class _Tokens(Backbone):
@@ -307,7 +314,6 @@ class ElasticViT(_Tokens):
         self.head_dim, self.patch_size, self.position_offset = head_dim, patch_size, position_offset
         side = image_size // patch_size
         self.native_grid = (side, side)
-        self.activation_checkpointing = False
         self.preprocess = vit_preprocess(image_size, channels)
         self.feature_info = FeatureInfo(max_width, max_depth, (max_width,) * max_depth, (patch_size,) * max_depth, prefix=1)
 
@@ -356,14 +362,25 @@ class ElasticViT(_Tokens):
             )
         return subnet
 
+    def _sizes(self, subnet: Subnet | None) -> tuple[int, int]:
+        """Width and depth of a subnet, checked."""
+        subnet = self.check_subnet(subnet)
+        assert not isinstance(subnet.depth, tuple)  # one number, as all of the grid
+        return subnet.width, int(subnet.depth)
+
+    def _hidden(self, width: int) -> int:
+        """Hidden width of the MLPs of a subnet."""
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        return block.mlp.fc1.out_features * width // self.widths[-1]
+
     def count_parameters(self, subnet: Subnet | None = None) -> int:
         """Parameters of the stand-alone model of a subnet (the mask token is not one of them)."""
-        subnet = self.check_subnet(subnet)
-        width, full = subnet.width, self.widths[-1]
-        hidden = self.blocks[0].mlp.fc1.out_features * width // full
+        width, depth = self._sizes(subnet)
+        hidden = self._hidden(width)
         block = (3 * width * width + 3 * width) + (width * width + width) + (2 * width * hidden + hidden + width) + 6 * width
         patch = self.patch_embed.proj.weight[0].numel() * width + width
-        return int(subnet.depth) * block + patch + 2 * width + width + self.pos_embed.shape[1] * width
+        return depth * block + patch + 2 * width + width + self.pos_embed.shape[1] * width
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
@@ -380,12 +397,12 @@ class ElasticViT(_Tokens):
 
         `token_mask["image"]`: bool (B, N), True where the mask token replaces the patch. Layer i is the i-th active block.
         """
-        subnet = self.check_subnet(subnet)
+        width, depth = self._sizes(subnet)
         mask = None if token_mask is None else token_mask.get("image")
-        wanted = set(resolve_layers(layers, int(subnet.depth)))
-        x, grid = self._embed(inputs["image"], mask, subnet.width)
+        wanted = set(resolve_layers(layers, depth))
+        x, grid = self._embed(inputs["image"], mask, width)
         kept: dict[int, Tensor] = {}
-        for position, index in enumerate(kept_blocks(int(subnet.depth), len(self.blocks))):
+        for position, index in enumerate(kept_blocks(depth, len(self.blocks))):
             block = self.blocks[index]
             x = checkpoint(block, x, use_reentrant=False) if self.activation_checkpointing and self.training else block(x)
             if position in wanted:
@@ -398,13 +415,15 @@ class ElasticViT(_Tokens):
 
     def attention_weights(self, inputs, layer: int = -1, subnet: Subnet | None = None) -> Tensor:
         """Attention probabilities (B, heads, 1 + N, 1 + N) of one active block."""
-        subnet = self.check_subnet(subnet)
-        (layer,) = resolve_layers([layer], int(subnet.depth))
-        x, _ = self._embed(inputs["image"], None, subnet.width)
-        blocks = [self.blocks[index] for index in kept_blocks(int(subnet.depth), len(self.blocks))]
-        for block in blocks[:layer]:
-            x = block(x)
-        return blocks[layer].attn.weights(layer_norm(x, blocks[layer].norm1))
+        width, depth = self._sizes(subnet)
+        (layer,) = resolve_layers([layer], depth)
+        x, _ = self._embed(inputs["image"], None, width)
+        blocks = [self.blocks[index] for index in kept_blocks(depth, len(self.blocks))]
+        for below in blocks[:layer]:
+            x = below(x)
+        block = blocks[layer]
+        assert isinstance(block, Block)
+        return block.attn.weights(layer_norm(x, block.norm1))
 
     def layer_ids(self) -> dict[str, int]:
         """See `Backbone.layer_ids`; the rule of DINOv2."""
@@ -439,9 +458,8 @@ class ElasticViT(_Tokens):
             >>> net.extract(Subnet(32, 2)).feature_info.channels
             32
         """
-        subnet = self.check_subnet(subnet)
-        width = subnet.width
-        hidden = self.blocks[0].mlp.fc1.out_features * width // self.widths[-1]
+        width, depth = self._sizes(subnet)
+        hidden = self._hidden(width)
         own = self.state_dict()
 
         def narrow(name: str, out: int, groups: int = 1) -> dict[str, Tensor]:
@@ -454,7 +472,7 @@ class ElasticViT(_Tokens):
         tensors = {key: own[key][..., :width] for key in ("cls_token", "pos_embed")}
         tensors |= {f"patch_embed.proj.{leaf}": own[f"patch_embed.proj.{leaf}"][:width] for leaf in ("weight", "bias")}
         tensors |= {f"norm.{leaf}": own[f"norm.{leaf}"][:width] for leaf in ("weight", "bias")}
-        for position, index in enumerate(kept_blocks(int(subnet.depth), len(self.blocks))):
+        for position, index in enumerate(kept_blocks(depth, len(self.blocks))):
             old, new = f"blocks.{index}", f"blocks.{position}"
             for leaf in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
                 tensors[f"{new}.{leaf}"] = own[f"{old}.{leaf}"][:width]
@@ -470,7 +488,7 @@ class ElasticViT(_Tokens):
             image_size=self.native_grid[0] * self.patch_size,
             patch_size=self.patch_size,
             width=width,
-            depth=int(subnet.depth),
+            depth=depth,
             head_dim=self.head_dim,
             channels=self.patch_embed.proj.in_channels,
             mlp_ratio=hidden / width,
@@ -498,11 +516,10 @@ class ElasticViT(_Tokens):
         if not fitting:
             least = self.count_parameters(subnets[0])
             raise ValueError(f"fit_budget: no subnet has at most {params} parameters; the smallest has {least}")
-        measured: dict[Subnet, tuple[int, float | None]] = {}
         if latency_ms is None:
-            best = fitting[-1]
-            measured[best] = (self.count_parameters(best), None)
-            return Fit(best, self.count_parameters(best), None, measured)
+            best, count = fitting[-1], self.count_parameters(fitting[-1])
+            return Fit(best, count, None, {best: (count, None)})
+        measured: dict[Subnet, tuple[int, float]] = {}
 
         def meets(subnet: Subnet) -> bool:
             if subnet not in measured:
@@ -533,7 +550,7 @@ class ViT(_Tokens):
     Other image sizes interpolate the position embedding as the supernet does, which is not timm's rule.
     """
 
-    def __init__(self, trunk: nn.Module, *, position_offset: float, arguments: dict):
+    def __init__(self, trunk: VisionTransformer, *, position_offset: float, arguments: dict):
         super().__init__()
         self.architecture, self.arguments = "vit", arguments
         self.trunk, self.position_offset = trunk, position_offset
@@ -544,22 +561,26 @@ class ViT(_Tokens):
         self.preprocess = vit_preprocess(arguments["image_size"], arguments["channels"])
         self.feature_info = FeatureInfo(width, depth, (width,) * depth, (self.patch_size,) * depth, prefix=1)
 
+    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        trunk, grid = self.trunk, self._grid(images)
+        assert trunk.cls_token is not None and trunk.pos_embed is not None
+        x = trunk.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        x = torch.cat([trunk.cls_token.expand(x.shape[0], -1, -1), x], 1)
+        return x + interpolate_positions(trunk.pos_embed, grid, self.native_grid, self.position_offset), grid
+
     def forward(self, inputs, *, present=None, token_mask=None, subnet=None, layers=()) -> Features:
         """Image (B, C, H, W) -> features; H and W are any multiples of the patch size."""
         if subnet is not None or token_mask is not None:
             raise ValueError("an extracted ViT has no subnets and no mask token; use the elastic supernet for both")
-        images, trunk = inputs["image"], self.trunk
-        grid = self._grid(images)
-        wanted = set(resolve_layers(layers, len(trunk.blocks)))
-        x = trunk.patch_embed.proj(images).flatten(2).transpose(1, 2)
-        x = torch.cat([trunk.cls_token.expand(x.shape[0], -1, -1), x], 1)
-        x = x + interpolate_positions(trunk.pos_embed, grid, self.native_grid, self.position_offset)
+        x, grid = self._embed(inputs["image"])
+        wanted = set(resolve_layers(layers, len(self.trunk.blocks)))
         kept = {}
-        for position, block in enumerate(trunk.blocks):
+        for position, block in enumerate(self.trunk.blocks):
             x = block(x)
             if position in wanted:
                 kept[position] = x
-        return self._features(x, grid, kept, trunk.norm)
+        assert isinstance(self.trunk.norm, nn.LayerNorm)
+        return self._features(x, grid, kept, self.trunk.norm)
 
     def attention_weights(self, inputs, layer: int = -1, subnet: Subnet | None = None) -> Tensor:
         """Attention probabilities (B, heads, 1 + N, 1 + N) of one block."""
@@ -568,13 +589,11 @@ class ViT(_Tokens):
         (layer,) = resolve_layers([layer], len(self.trunk.blocks))
         below = super().__call__(inputs, layers=(layer - 1,)).layers[layer - 1] if layer else None
         if below is None:
-            x = self.trunk.patch_embed.proj(inputs["image"]).flatten(2).transpose(1, 2)
-            x = torch.cat([self.trunk.cls_token.expand(x.shape[0], -1, -1), x], 1)
-            x = x + interpolate_positions(self.trunk.pos_embed, self._grid(inputs["image"]), self.native_grid, self.position_offset)
+            x, _ = self._embed(inputs["image"])
         else:
             assert below.prefix is not None  # the class token
             x = torch.cat([below.prefix, below.tokens["image"]], 1)
-        block = self.trunk.blocks[layer]
+        block: Any = self.trunk.blocks[layer]
         batch, tokens, width = x.shape
         qkv = block.attn.qkv(block.norm1(x)).view(batch, tokens, 3, width // self.head_dim, self.head_dim)
         query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)

@@ -27,7 +27,7 @@ def inject_lora(model: Wrapped, lora: int | Mapping[str, Any]) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise ArgumentError("lora: needs peft; pip install peft") from error
-    settings = {"rank": lora} if isinstance(lora, int) else dict(lora)
+    settings: dict[str, Any] = {"rank": lora} if isinstance(lora, int) else dict(lora)
     for key in settings:
         if key not in ("rank", "alpha", "dropout", "targets"):
             raise ArgumentError(unknown_name("setting of lora", key, ("rank", "alpha", "dropout", "targets")))
@@ -50,7 +50,7 @@ def inject_lora(model: Wrapped, lora: int | Mapping[str, Any]) -> None:
     count = len(idle)
     hooks = [m.register_forward_hook(lambda *_, name=name: idle.pop(name, None) and None) for name, m in list(idle.items())]
     with torch.no_grad():
-        model.eval()(image=torch.zeros(1, 3, *model.preprocess["image"].size))
+        model.eval()(image=torch.zeros(1, 3, *model.preprocess.array().size))
     for hook in hooks:
         hook.remove()
     if idle:

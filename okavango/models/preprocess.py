@@ -214,7 +214,8 @@ class Text:
     lower: bool = False
 
 
-InputSpec = Image | Raster | Volume | Text
+ArraySpec = Image | Raster | Volume
+InputSpec = ArraySpec | Text
 _KINDS: dict[str, type] = {"image": Image, "raster": Raster, "volume": Volume, "text": Text}
 
 
@@ -265,6 +266,17 @@ class Preprocess(Mapping[str, InputSpec]):
                 raise PreprocessError(f"unknown modality {name!r}: this checkpoint takes {', '.join(self) or 'none'}")
             out[name] = apply(self[name], value, name)
         return out
+
+    def array(self, modality: str = "image") -> ArraySpec:
+        """The spec of a modality that comes as arrays, which have channels, a size and a normalisation.
+
+        Raises:
+            PreprocessError: it is text.
+        """
+        spec = self[modality]
+        if isinstance(spec, Text):
+            raise PreprocessError(f"modality {modality!r}: is text; expected one that comes as arrays")
+        return spec
 
     def replace(self, modality: str, **changes: Any) -> Preprocess:
         """A copy in which some fields of one spec differ."""
@@ -337,14 +349,15 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _check_choices(spec: Resize | Normalise) -> None:
     """Each field of a few allowed values holds one of them."""
-    for name, hint in _hints(type(spec)).items():
+    kind: type = type(spec)
+    for name, hint in _hints(kind).items():
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         if choices and getattr(spec, name) not in choices:
-            what = type(spec).__name__.lower()
+            what = kind.__name__.lower()
             raise PreprocessError(f"{what}: {name} {getattr(spec, name)!r}; expected one of {', '.join(map(repr, choices))}")
 
 
-def _check_channels(spec: Image | Raster | Volume) -> None:
+def _check_channels(spec: ArraySpec) -> None:
     """What is given per channel is given for each of them."""
     count, rule = len(spec.channels), spec.normalise
     numbers: dict[str, tuple] = {"mean": rule.mean, "std": rule.std, "low": rule.low, "high": rule.high}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from okavango.models.lora import inject_lora
 from okavango.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Image, Normalise, Preprocess, Resize
 
 Size = tuple[int, int]
+
+# timm's crop modes and open_clip's resize modes; all others scale the shortest side
+_RULES: dict[str, Literal["exact", "pad"]] = {"squash": "exact", "border": "pad", "longest": "pad"}
 
 
 class WrappedError(ValueError):
@@ -165,6 +168,8 @@ class Timm(Wrapped):
     on tokens (Swin).
     """
 
+    trunk: Any  # timm's networks have no class of their own in common
+
     def _features(self, images, wanted) -> Features:
         return _timm_features(self.trunk, images, wanted, self.feature_info, lambda x: self.trunk.forward_head(x, pre_logits=True))
 
@@ -180,7 +185,8 @@ def _timm(name: str, size: Size | None, pretrained: bool | str) -> Timm:
     if not timm.is_model(arch):
         raise WrappedError(unknown_name("timm model", arch, timm.list_models()))
     options: dict[str, Any] = {"num_classes": 0}
-    fixed = timm.get_pretrained_cfg(name).fixed_input_size
+    known = timm.get_pretrained_cfg(name)
+    fixed = known is not None and known.fixed_input_size
     if fixed and size:
         options["img_size"] = size
     if pretrained:
@@ -211,7 +217,7 @@ def _timm(name: str, size: Size | None, pretrained: bool | str) -> Timm:
     )
 
 
-def _timm_info(trunk: nn.Module, what: str, channels: int | None = None) -> FeatureInfo:
+def _timm_info(trunk: Any, what: str, channels: int | None = None) -> FeatureInfo:
     if not hasattr(trunk, "forward_intermediates"):
         raise WrappedError(f"{what}: timm offers no intermediate features of this family; choose another network")
     stages = list(trunk.feature_info)
@@ -227,15 +233,14 @@ def _timm_info(trunk: nn.Module, what: str, channels: int | None = None) -> Feat
 def _timm_spec(config: Mapping[str, Any], size: Size, name: str) -> Image:
     # timm scales to floor(size / crop_pct), so the ratio is that of the two whole numbers.
     ratio = size[0] / int(size[0] / config["crop_pct"])
-    rule = {"squash": "exact", "border": "pad"}.get(config["crop_mode"], "shortest")
     return Image(
         size=size,
-        resize=Resize(rule=rule, interpolation=config["interpolation"], crop_ratio=ratio),
+        resize=Resize(rule=_RULES.get(config["crop_mode"], "shortest"), interpolation=config["interpolation"], crop_ratio=ratio),
         normalise=Normalise(rule="standard", mean=tuple(config["mean"]), std=tuple(config["std"]), origin=f"timm, {name}"),
     )
 
 
-def _timm_features(trunk: nn.Module, images: Tensor, wanted: Sequence[int], info: FeatureInfo, pool: Callable) -> Features:
+def _timm_features(trunk: Any, images: Tensor, wanted: Sequence[int], info: FeatureInfo, pool: Callable) -> Features:
     flat = len(set(info.strides)) == 1
     indices = list(wanted if flat else range(info.layers))  # maps are by-products, blocks are copied: those only when asked for
     stages: Sequence = ()
@@ -266,7 +271,7 @@ def _timm_features(trunk: nn.Module, images: Tensor, wanted: Sequence[int], info
     )
 
 
-def _timm_layer_ids(trunk: nn.Module, info: FeatureInfo) -> dict[str, int]:
+def _timm_layer_ids(trunk: Any, info: FeatureInfo) -> dict[str, int]:
     from timm.models import group_parameters
 
     if not hasattr(trunk, "group_matcher"):
@@ -345,25 +350,26 @@ def _torchvision(name: str, size: Size | None, pretrained: bool | str) -> TorchV
         return models.get_model(name, weights=weights, **options)
 
     network = _fetch(what, build) if pretrained else build()
-    linear = [
-        n
+    linear = {
+        n: m
         for n, m in network.named_modules()
         if isinstance(m, nn.Linear) and n.split(".")[0] in ("fc", "classifier", "head", "heads")
-    ]
+    }
     stages = _stage_names(network)
     if not linear or not stages:
         raise WrappedError(f"{what}: this family has no known trunk; timm offers most networks")
-    channels = network.get_submodule(linear[-1]).in_features
-    network.set_submodule(linear[-1], nn.Identity())
+    last = list(linear)[-1]
+    network.set_submodule(last, nn.Identity())
     if kind == "vit":
+        assert isinstance(network, models.VisionTransformer)
         widths, strides = [network.hidden_dim] * len(stages), [network.patch_size] * len(stages)
     else:
         stages, widths, strides = _probe(network, stages, channels_last=kind == "swin")
-    nodes = {stage: str(i) for i, stage in enumerate(stages)} | {linear[-1]: "pooled"}
+    nodes = {stage: str(i) for i, stage in enumerate(stages)} | {last: "pooled"}
     if kind != "cnn":
         nodes["encoder.ln" if kind == "vit" else "norm"] = "tokens"
     trunk = create_feature_extractor(network, nodes, suppress_diff_warning=True)
-    info = FeatureInfo(channels, len(stages), tuple(widths), tuple(strides), prefix=int(kind == "vit"))
+    info = FeatureInfo(linear[last].in_features, len(stages), tuple(widths), tuple(strides), prefix=int(kind == "vit"))
     spec = _torchvision_spec(weights, size, what)
     return TorchVision(trunk, spec, info, spec.size if kind == "vit" else None, stages, kind)
 
@@ -428,6 +434,8 @@ def _torchvision_spec(weights, size: Size | None, what: str) -> Image:
 
 class OpenClip(Wrapped):
     """The image tower of an open_clip model; `pooled` is the projected image embedding, not normalised."""
+
+    trunk: Any  # one of three classes of open_clip
 
     def _features(self, images, wanted) -> Features:
         tower, info = self.trunk, self.feature_info
@@ -496,7 +504,7 @@ def _open_clip(name: str, size: Size | None, pretrained: bool | str) -> OpenClip
     size = size or ((tower.image_size,) * 2 if isinstance(tower.image_size, int) else tuple(tower.image_size))
     spec = Image(
         size=size,
-        resize=Resize(rule={"squash": "exact", "longest": "pad"}.get(cfg.resize_mode, "shortest"), interpolation=cfg.interpolation),
+        resize=Resize(rule=_RULES.get(cfg.resize_mode, "shortest"), interpolation=cfg.interpolation),
         normalise=Normalise(rule="standard", mean=tuple(cfg.mean), std=tuple(cfg.std), origin=f"open_clip, {name}"),
     )
     width = config["embed_dim"]

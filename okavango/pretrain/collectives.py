@@ -26,6 +26,15 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+@torch.no_grad()
+def max_over_ranks(value: Tensor) -> Tensor:
+    """The greatest over all processes, entry by entry; carries no gradient."""
+    if world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean over all processes; carries no gradient."""
     return sum_over_ranks(value) / world_size()

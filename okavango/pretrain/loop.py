@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,10 @@ def train(
     accelerator = accelerator or make_accelerator(recipe, out)
     main = accelerator.is_main_process
     say = say if main else lambda line: None
-    with state.run_lock(out) if main else nullcontext(), _StopSignal() as stop:
-        return _train(objective, source, recipe, out, preprocess, accelerator, evaluators or {}, dict(card or {}), say, stop)
+    with state.run_lock(out) if main else nullcontext(), _StopSignal() as stop, ExitStack() as ending:
+        return _train(
+            objective, source, recipe, out, preprocess, accelerator, evaluators or {}, dict(card or {}), say, stop, ending
+        )
 
 
 def make_accelerator(recipe: Recipe, out: Path):
@@ -101,7 +103,7 @@ def make_accelerator(recipe: Recipe, out: Path):
     )
 
 
-def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, card, say, stop) -> Path:
+def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, card, say, stop, ending) -> Path:
     run, rank, world = recipe.run, accelerator.process_index, accelerator.num_processes
     device, main = accelerator.device, accelerator.is_main_process
     template = copy.deepcopy(objective) if run.parallel == "fsdp" and world > 1 and main else None
@@ -128,7 +130,7 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
     if main:
         state.write_json(out / "recipe.json", asdict(recipe))
     clock, bad_seen = _Clock(), 0
-    loader = batch_loader(batches, start, run.steps, workers=run.workers)
+    loader = ending.enter_context(closing(batch_loader(batches, start, run.steps, workers=run.workers)))
     objective.train()
     done = start
     totals: dict[str, Tensor] = {}
@@ -139,7 +141,8 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
         bad_seen += len(bad)
         batch = to_device(batch, device)
         last = micro == run.accumulate - 1
-        with model.no_sync() if not last and hasattr(model, "no_sync") else nullcontext():
+        no_sync = nullcontext if last else getattr(model, "no_sync", nullcontext)
+        with no_sync():
             torch.manual_seed(derive(run.seed, "model", step, rank, micro))
             with accelerator.autocast():
                 losses = model(batch, step)
@@ -203,7 +206,8 @@ def _distribute(objective: nn.Module, recipe: Recipe, accelerator) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        return fully_shard(objective, mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)))
+        fully_shard(objective, mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)))
+        return objective
     return accelerator.prepare_model(objective)
 
 

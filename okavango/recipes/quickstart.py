@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from okavango import verbs
 from okavango.data.loading import derive
 from okavango.data.sources import cached, open_source
 from okavango.models.backbone import Backbone, create_model
+from okavango.models.elastic_vit import ElasticViT
 from okavango.models.features import Subnet
 from okavango.recipes import named
 from okavango.zoo.checkpoint import file_sha256
@@ -40,7 +42,7 @@ def quickstart(out: Path, *, steps: int = 0, seed: int = 0, say: Callable[[str],
     untrained = create_model(recipe.model, **recipe.model_args)
     untrained.preprocess = load(str(run / "export")).preprocess
     shipped, ours = resolve(SHIPPED), run / "export"
-    candidates = [
+    candidates: list[tuple[str, Backbone, dict[str, Any]]] = [
         ("this run", load(str(ours)), {"model": recipe.model, "weights_sha256": file_sha256(ours / "model.safetensors")}),
         ("untrained", untrained.eval(), {"model": recipe.model}),
         ("shipped", load(SHIPPED), {"model": SHIPPED, "weights_sha256": file_sha256(shipped / "model.safetensors")}),
@@ -72,6 +74,7 @@ def quickstart(out: Path, *, steps: int = 0, seed: int = 0, say: Callable[[str],
 
 def five_sizes(model: Backbone) -> list[Subnet]:
     """The corners of the grid of widths and depths, and its middle."""
+    assert isinstance(model, ElasticViT)
     widths, depths = model.widths, model.depths
     corners = [Subnet(width, depth) for width in (widths[0], widths[-1]) for depth in (depths[0], depths[-1])]
     return sorted({*corners, Subnet(widths[len(widths) // 2], depths[len(depths) // 2])})

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from okavango.models.backbone import Backbone
+from okavango.models.backbone import Backbone, Elastic
 from okavango.models.features import Features, Subnet, TextBatch
 from okavango.zoo.checkpoint import probe_inputs, probe_shapes
 
@@ -142,8 +142,8 @@ def _compare(session, plain: _Plain, example: dict[str, Tensor], names: list[str
 def _program(model: Backbone, subnet: Subnet | str | None, batch: int | str) -> tuple[torch.export.ExportedProgram, _Plain]:
     """The traced graph and the module it was traced from, a copy of the model on the CPU in float32 and eval mode."""
     subnet = Subnet.parse(subnet) if isinstance(subnet, str) else subnet
-    if subnet is not None and hasattr(model, "extract"):
-        model, subnet = model.extract(subnet), None  # type: ignore[operator]  # a smaller graph than slicing inside it
+    if subnet is not None and isinstance(model, Elastic):
+        model, subnet = model.extract(subnet), None  # a smaller graph than slicing inside it
     plain = _Plain(copy.deepcopy(model).to("cpu", torch.float32), subnet).eval().requires_grad_(False)
     dynamic = batch == "dynamic"
     example = _example(plain.backbone, 2 if dynamic else int(batch))

@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from filelock import FileLock
 
@@ -30,6 +30,8 @@ from okavango.zoo import catalogue
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from okavango.models.backbone import Backbone
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,34 @@ _HF_REPO = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w][\
 
 class HubError(ValueError):
     """A checkpoint cannot be found, fetched or pushed; the message says what to do."""
+
+
+@overload
+def load(
+    spec: str | os.PathLike,
+    *,
+    offline: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
+    revision: str | None = None,
+    cache: str | os.PathLike | None = None,
+    heads: None = None,
+) -> Backbone: ...
+
+
+@overload
+def load(
+    spec: str | os.PathLike,
+    *,
+    offline: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
+    revision: str | None = None,
+    cache: str | os.PathLike | None = None,
+    heads: Mapping[str, Callable[..., nn.Module]] | None,
+) -> nn.Module: ...
 
 
 def load(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from okavango.models.backbone import create_model
 from okavango.models.elastic_vit import ElasticViT
 from okavango.zoo.loading import load_weights
 
@@ -57,7 +57,7 @@ def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _convert(name: str, vit, head, head_old: str, head_new: str) -> str:
-    prefix = re.match(r"(?:student\.|teacher\.)?", name)[0]
+    prefix = next(start for start in ("student.", "teacher.", "") if name.startswith(start))
     rest = name[len(prefix) :]
     if rest.startswith(head_old):
         return prefix + head_new + _rename(rest[len(head_old) :], head)
@@ -84,8 +84,9 @@ def read_official(
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-        tensors = tensors.get("teacher", tensors)
+        pickled = path.suffix != ".safetensors"
+        stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
+        tensors: dict[str, Tensor] = stored.get("teacher", stored)
     except Exception as error:  # a torn or foreign file makes the readers raise almost anything
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{path}: not a file of weights ({type(error).__name__}: {reason})") from None
@@ -94,8 +95,7 @@ def read_official(
         raise ValueError(f"{path}: no ViT teacher of the published POA code (keys like backbone.blocks.0.attn.qkv.linear.weight)")
     width = backbone["pos_embed"].shape[-1]
     depth = 1 + max(int(name.split(".")[1]) for name in backbone if name.startswith("blocks."))
-    model = create_model(
-        "elastic_vit",
+    model = ElasticViT(
         image_size=image_size,
         patch_size=patch_size,
         head_dim=head_dim,

@@ -212,7 +212,7 @@ class TrainTransform:
         pixels = pixels[..., top : top + height, left : left + width]
         if rng.random() < self.flip:
             pixels = pixels.flip(-1)
-        resize = dataclasses.replace(self.preprocess[self.modality].resize, rule="exact", crop_ratio=1.0)  # type: ignore[union-attr]
+        resize = dataclasses.replace(self.preprocess.array(self.modality).resize, rule="exact", crop_ratio=1.0)
         ready = self.preprocess.replace(self.modality, resize=resize)(**{self.modality: pixels})
         return {self.modality: ready[self.modality][0], "label": int(label), "id": name}
 

@@ -46,7 +46,7 @@ def knn_v1(train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
     """Weighted votes of the 20 nearest at temperature 0.07; the accuracy at 10, 100 and 200 is noted, never chosen from."""
 
     def predict(test: Embedded) -> tuple[np.ndarray, dict[str, Any]]:
-        predicted = knn.knn_predict(train.features, train.labels, test.features)
+        predicted = knn.knn_predict(train.features, _labels(train), test.features)
         at = {str(k): float((classes == test.labels).mean()) for k, classes in predicted.items()}
         return predicted[20], {"accuracy_at_k": at}
 
@@ -56,13 +56,13 @@ def knn_v1(train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
 def logistic_v1(train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
     """L-BFGS on standardised features; C by the accuracy on a held-out tenth of the training set, then fitted on all of it."""
     kept, held = train.split(HELD_OUT, seed)
-    classes = int(train.labels.max()) + 1
+    classes = int(_labels(train).max()) + 1
     accuracies, model = [], None
     for C in logistic.GRID:  # from strong to weak penalty, each beginning where the last one ended
-        model = logistic.fit_logistic(kept.features, kept.labels, classes, C=C, start=model, **SOLVER)
+        model = logistic.fit_logistic(kept.features, _labels(kept), classes, C=C, start=model, **SOLVER)
         accuracies.append(float((model.predict(held.features) == held.labels).mean()))
     C = logistic.GRID[int(np.argmax(accuracies))]
-    model = logistic.fit_logistic(train.features, train.labels, classes, C=C, **SOLVER)
+    model = logistic.fit_logistic(train.features, _labels(train), classes, C=C, **SOLVER)
     settings = {
         "C": C,
         "grid": list(logistic.GRID),
@@ -77,7 +77,7 @@ def logistic_v1(train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
 def linear_v1(train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
     """2000 steps of SGD on standardised features; the rate by a held-out tenth of the training set, then trained on all of it."""
     kept, held = train.split(HELD_OUT, seed)
-    classes = int(train.labels.max()) + 1
+    classes = int(_labels(train).max()) + 1
     inner = logistic.Standardiser.fit(kept.features)
     weights, biases = linear.train_heads(*_tensors(inner, kept), classes, steps=linear.STEPS, seed=seed)
     best, accuracies = linear.best_head(weights, biases, *_tensors(inner, held))
@@ -102,8 +102,13 @@ def linear_v1(train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
     return predict, settings
 
 
+def _labels(part: Embedded) -> np.ndarray:
+    assert part.labels is not None  # `_check` came first
+    return part.labels
+
+
 def _tensors(standardise: logistic.Standardiser, part: Embedded) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(standardise(part.features)).float(), torch.from_numpy(part.labels)
+    return torch.from_numpy(standardise(part.features)).float(), torch.from_numpy(_labels(part))
 
 
 Protocol = Callable[[Embedded, int], tuple[Predict, dict[str, Any]]]  # fitted to a training set with a seed

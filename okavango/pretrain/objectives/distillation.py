@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from okavango.models.elastic_vit import linear
-from okavango.pretrain.collectives import mean_over_ranks, sum_over_ranks
+from okavango.pretrain.collectives import max_over_ranks, mean_over_ranks, sum_over_ranks
+
+FLOOR = 80.0  # of exponents below a column's greatest in Sinkhorn: exp(-80) is still a normal float32
 
 
 class ProjectionHead(nn.Module):
@@ -58,11 +60,15 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Balanced assignment of samples to prototypes (SwAV, arXiv 2006.09882), over all processes together.
 
     Args:
-        logits: (B, K) of this process, within about +-1 (no maximum is subtracted).
+        logits: (B, K) of this process.
     Returns:
         float32 (B, K); each row sums to 1, each column to about B / K. Empty input stays empty.
     """
-    assignment = torch.exp(logits.float() / temperature)
+    scaled = logits.float() / temperature
+    # The first division is by the sum of each column, so scaling a column changes nothing but the range: no overflow, and, with a
+    # floor, no row of zeros.
+    greatest = scaled.amax(0) if len(scaled) else scaled.new_full(scaled.shape[1:], -torch.inf)
+    assignment = (scaled - max_over_ranks(greatest)).clamp_min(-FLOOR).exp()
     prototypes = assignment.shape[1]
     samples = sum_over_ranks(torch.tensor(float(len(assignment)), device=logits.device))
     assignment /= sum_over_ranks(assignment.sum())
@@ -74,6 +80,8 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
 
 class Centre(nn.Module):
     """The softmax alternative to Sinkhorn: softmax((logits - centre) / temperature), the centre an average of earlier batches."""
+
+    centre: Tensor
 
     def __init__(self, prototypes: int, momentum: float = 0.9):
         super().__init__()

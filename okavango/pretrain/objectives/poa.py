@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -89,9 +89,13 @@ class POA(nn.Module):
 
     def __init__(self, backbone: Backbone, settings: POASettings, *, steps: int, seed: int = 0):
         super().__init__()
-        if settings.elastic and not isinstance(backbone, ElasticViT):
-            raise ValueError(f"{backbone.architecture} is not elastic; use an elastic_vit_* model or --objective.no-elastic")
-        if not hasattr(backbone, "patch_size"):
+        self.pool: tuple[Subnet, ...] = ()
+        if settings.elastic:
+            if not isinstance(backbone, ElasticViT):
+                raise ValueError(f"{backbone.architecture} is not elastic; use an elastic_vit_* model or --objective.no-elastic")
+            self.pool = backbone.sampling_pool(settings.sampling_scale)[:-1]
+        self.patch_size: int = getattr(backbone, "patch_size", 0)
+        if not self.patch_size:
             raise ValueError(f"{backbone.architecture} has no patches that could be hidden from it; use an elastic_vit_* model")
         self.settings, self.steps, self.seed = settings, steps, seed
         width = backbone.feature_info.channels
@@ -101,13 +105,16 @@ class POA(nn.Module):
         if settings.centering == "softmax":
             self.cls_centres = nn.ModuleList(Centre(count) for count in settings.prototypes)
             self.patch_centres = nn.ModuleList(Centre(count) for count in settings.prototypes)
-        self.pool = backbone.sampling_pool(settings.sampling_scale)[:-1] if settings.elastic else ()
         low, high = settings.teacher_temperature
         warmup = round(settings.teacher_temperature_warmup * steps)
         self.temperature = Cosine(high, high, steps, warmup=warmup, start=low, stretch=settings.stretch)
         self.momentum = Cosine(*settings.momentum, steps, stretch=settings.stretch)
         self.ibot_start = round(settings.ibot_start * steps)
         self.shared_subnet = settings.shared_subnet
+
+    @property
+    def _backbone(self) -> Backbone:
+        return cast(Backbone, self.student["backbone"])
 
     def train(self, mode: bool = True) -> POA:
         super().train(mode)
@@ -117,7 +124,7 @@ class POA(nn.Module):
     # -- data ---------------------------------------------------------------------------------------------------------
 
     def _augment(self, preprocess: Preprocess) -> MultiCrop:
-        image, crops = preprocess["image"], self.settings.crops
+        image, crops = preprocess.array(), self.settings.crops
         return MultiCrop(
             channels=len(image.channels),
             mean=image.normalise.mean,
@@ -132,9 +139,8 @@ class POA(nn.Module):
     @property
     def collate(self) -> Collate:
         """Crops of a micro-batch -> tensors and masks; picklable, all randomness from the seed."""
-        backbone = self.student["backbone"]
-        side = self.settings.crops.global_size // backbone.patch_size
-        return Collate(self._augment(backbone.preprocess), (side, side), self.settings)
+        side = self.settings.crops.global_size // self.patch_size
+        return Collate(self._augment(self._backbone.preprocess), (side, side), self.settings)
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -217,7 +223,8 @@ class POA(nn.Module):
                     ]
                 )
             if settings.koleo:
-                terms["koleo"] = sum(koleo(view) for view in features.chunk(2))
+                first, second = features.chunk(2)
+                terms["koleo"] = koleo(first) + koleo(second)
             return terms, logits
 
         terms, intact = student(None)
@@ -257,7 +264,7 @@ class POA(nn.Module):
         Layer-wise decay over the blocks, a further factor on the patch embedding, no weight decay on biases, norms and layer
         scale, prototypes frozen at first.
         """
-        backbone, settings = self.student["backbone"], self.settings
+        backbone, settings = self._backbone, self.settings
         ids, last = backbone.layer_ids(), backbone.feature_info.layers + 1
         groups: dict[tuple, list] = {}
         for name, parameter in self.student.named_parameters():
