@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -414,7 +415,11 @@ def _run(verb: str, rest: list[str]) -> int:
     except ValueError as error:
         raise Usage(str(error)) from None
 
+    default = recipe
+
     def run(out: Path, recipe=recipe) -> None:
+        if recipe.model != default.model and recipe.model_args == default.model_args:
+            recipe = replace(recipe, model_args={})  # those were meant for the recipe's own architecture
         recipe.check()  # before torch is imported
         from okavango import verbs
 

@@ -46,6 +46,8 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: unknown field; the message offers the nearest.
     """
+    if "model" in changes and "model_args" not in changes and isinstance(recipe, Recipe):
+        changes = {**changes, "model_args": {}}  # the recipe's were meant for its own architecture
     for name, value in changes.items():
         head, _, rest = name.partition(".")
         fields = {field.name for field in dataclasses.fields(recipe)}

@@ -275,7 +275,8 @@ MISTAKES = {
     f"{TINY} --objective.crops.global-size 27": "multiples of the patch size 7",
     f"{TINY} --trackers papyrus": "papyrus",
     f"{TINY} --model elastic_vit_tinny": "did you mean 'elastic_vit_tiny'?",
-    f"{TINY} --model vit": "unexpected keyword argument 'min_width'",
+    f"{TINY} --model vit": "vit is not elastic",
+    f"{TINY} --model vit --model-args.min-width 64": "unexpected keyword argument 'min_width'",
     f"{TINY} --model-args.min-width 33": "multiples of head_dim 32",
     f"{TINY} --model= --start resnet": "is not elastic; use an elastic_vit_* model or --objective.no-elastic",
     f"{TINY} --model= --start resnet --objective.no-elastic": "use an elastic_vit_* model",
@@ -283,6 +284,7 @@ MISTAKES = {
     f"{TINY} --start weightless": "model.safetensors: the file is missing",
     f"{TINY} --start golden": "do not fit ElasticViT",
     "pretrain poa_vit_small --out out": "give --data",
+    f"{TINY} --precision fp16": "needs a GPU",
     "pretrain poa_tiny --workers 0 --out texts/a.txt": "texts/a.txt",
     # finetune
     "finetune classify --out out": "give --start CHECKPOINT",

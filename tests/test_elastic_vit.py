@@ -347,6 +347,10 @@ def test_weights_of_another_image_size_are_fitted_and_reported():
     images = pixels(2, 3, 24, 24)
     with torch.no_grad():  # the small network interpolates by the same rule when it meets the large picture
         torch.testing.assert_close(tokens(large(image=images)), tokens(small(image=images)), atol=1e-5, rtol=0)
+    plain, larger = (net.extract(net.list_subnets()[0]) for net in (small, large))
+    assert set(load_weights(larger, plain.state_dict()).resized) == {"trunk.pos_embed"}
+    with torch.no_grad():
+        torch.testing.assert_close(tokens(larger(image=images)), tokens(plain(image=images)), atol=1e-5, rtol=0)
     with pytest.raises(CheckpointError, match="do not fit"):
         load_weights(build(max_width=20), small.state_dict())
     state = {**small.state_dict(), "pos_embed": torch.zeros(1, 9, 16)}  # eight patches are no square

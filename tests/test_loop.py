@@ -251,3 +251,12 @@ def test_compiled_blocks_train_the_same(tmp_path):
     verbs.pretrain(recipe, data=pictures(), out=tmp_path / "compiled", say=quiet, compile=True)
     plain, compiled = ([entry["loss"] for entry in log_of(tmp_path / name)] for name in ("plain", "compiled"))
     assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+def test_another_architecture_drops_the_arguments_of_the_first(tmp_path):
+    recipe = named("poa_tiny", "pretrain")
+    assert recipe.model_args
+    assert verbs.override(recipe, {"model": "elastic_vit_small"}).model_args == {}
+    assert verbs.override(recipe, {"model": "elastic_vit_small", "model_args": {"max_depth": 7}}).model_args == {"max_depth": 7}
+    done = run("pretrain", "poa_tiny", "--model", "vit", "--steps", "1", "--out", tmp_path / "run", check=False)
+    assert done.returncode == 1 and "vit is not elastic" in done.stderr, "built, without min_width and the like"

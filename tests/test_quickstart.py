@@ -45,15 +45,15 @@ def test_published_records_belong_to_the_shipped_weights():
     assert sha256 == read_config(resolve(quickstart.SHIPPED))["weights"]["sha256"]
     shipped = [record for record in read_records(PUBLISHED) if record.baseline == "shipped"]
     assert shipped and {record.weights_sha256 for record in shipped} == {sha256}
-    assert {record.subnet for record in shipped} == {str(s) for s in quickstart.five_sizes(load(quickstart.SHIPPED))}
+    assert {record.subnet for record in shipped} == set(map(str, load(quickstart.SHIPPED).list_subnets()))
 
 
-@pytest.mark.parametrize("protocol", ["knn/v1", "logistic/v1"])
+@pytest.mark.parametrize("protocol", ["knn/v1", "logistic/v1", "linear/v1"])
 @pytest.mark.parametrize("dataset", ["fashion-test", "fashion-test-moved0"])
 def test_shipped_checkpoint_beats_untrained_networks_at_every_size(protocol, dataset):
     rows = [record for record in read_records(PUBLISHED) if (record.protocol, record.dataset) == (protocol, dataset)]
     shipped, untrained = ({r.subnet: r for r in rows if r.baseline == name} for name in ("shipped", "untrained"))
-    assert len(shipped) == 5 and shipped.keys() == untrained.keys()
+    assert len(shipped) == 15 and shipped.keys() == untrained.keys()
     assert any(record.baseline == "raw pixels" for record in rows)
     for subnet, record in shipped.items():
         assert record.interval[0] > untrained[subnet].interval[1], f"{subnet}: {record.value} against {untrained[subnet].value}"

@@ -233,6 +233,13 @@ class _Tokens(Backbone):
             raise ValueError(f"image of {height}x{width} pixels: both sides must be multiples of the patch size {self.patch_size}")
         return height // self.patch_size, width // self.patch_size
 
+    def resize_weights(self, name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """Fit a position embedding that was trained with another number of patches; None for anything else."""
+        side = round((tensor.shape[1] - 1) ** 0.5) if tensor.ndim == 3 else 0
+        if name.rpartition(".")[2] != "pos_embed" or side * side + 1 != tensor.shape[1] or tensor.shape[-1] != shape[-1]:
+            return None
+        return interpolate_positions(tensor, self.native_grid, (side, side), self.position_offset)
+
     def _features(self, x: Tensor, grid: tuple[int, int], layers: dict[int, Tensor], norm: nn.LayerNorm) -> Features:
         normed = layer_norm(x, norm)
         return Features(
@@ -434,13 +441,6 @@ class ElasticViT(_Tokens):
             elif name.startswith("blocks."):
                 ids[name] = int(name.split(".")[1]) + 1
         return ids
-
-    def resize_weights(self, name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor | None:
-        """Fit a position embedding that was trained with another number of patches; None for anything else."""
-        side = round((tensor.shape[1] - 1) ** 0.5) if tensor.ndim == 3 else 0
-        if name != "pos_embed" or side * side + 1 != tensor.shape[1] or tensor.shape[-1] != shape[-1]:
-            return None
-        return interpolate_positions(tensor, self.native_grid, (side, side), self.position_offset)
 
     # -- stand-alone models ---------------------------------------------------------------------------------------------
 
@@ -661,7 +661,7 @@ def elastic_vit_tiny(**arguments) -> ElasticViT:
         min_depth=2,
         max_depth=6,
         head_dim=32,
-        layer_scale=0.1,
+        layer_scale=1.0,
     )
     return ElasticViT(**{**small, **arguments})
 

@@ -88,6 +88,8 @@ def make_accelerator(recipe: Recipe, out: Path):
     from accelerate.state import AcceleratorState
 
     run = recipe.run
+    if run.precision == "fp16" and not torch.cuda.is_available():
+        raise RunError("--precision fp16: needs a GPU, on processors it would silently be fp32; use bf16 or fp32")
     if not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)  # it is a singleton: an earlier run in this process may differ
     if run.threads:
@@ -123,7 +125,7 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
     optimiser.adamw = accelerator.prepare_optimizer(optimiser.adamw)
     average = _Average(objective, recipe.optim.ema)
 
-    start = _resume(objective, optimiser, average, recipe, out, world, say)
+    start = _resume(objective, optimiser, average, recipe, out, accelerator, say)
     log = _Log(out, recipe, accelerator, start)
     if start == 0:
         _preflight(objective, batches, accelerator, out, run, say)
@@ -236,7 +238,7 @@ class _Average:
                 parameter.data.copy_(trained[name])
 
 
-def _resume(objective, optimiser, average, recipe: Recipe, out: Path, world: int, say) -> int:
+def _resume(objective, optimiser, average, recipe: Recipe, out: Path, accelerator, say) -> int:
     """Put back the newest intact state; returns the step to go on from."""
     found, problems = state.latest_state(out / "state")
     for problem in problems:
@@ -246,7 +248,7 @@ def _resume(objective, optimiser, average, recipe: Recipe, out: Path, world: int
             raise RunError(f"no state in {out / 'state'} is intact; remove the folder to start from scratch")
         state.cut_log(out / "log.jsonl", 0)
         return 0
-    here = environment(world)
+    here = environment(accelerator.num_processes)
     for key, value in found.meta["environment"].items():
         if here.get(key) != value:
             say(f"resuming with {key} {here.get(key)}, the state was written with {value}: the result may differ in the last bits")
@@ -257,6 +259,8 @@ def _resume(objective, optimiser, average, recipe: Recipe, out: Path, world: int
         if average.mean:
             _load_into(average.mean, found.tensors("ema"))
     optimiser.load_state_tensors(found.tensors("optimiser"))
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(found.meta["gradient_scaler"])
     state.cut_log(out / "log.jsonl", found.step)
     if found.step < recipe.run.steps:
         say(f"resuming at step {found.step} of {recipe.run.steps}")
@@ -540,6 +544,8 @@ def _save(objective, optimiser, average, recipe, out: Path, done: int, world: in
     failed = ""
     if accelerator.is_main_process:
         meta = {"environment": environment(world), "recipe": _essence(recipe)}
+        if accelerator.scaler is not None:
+            meta["gradient_scaler"] = accelerator.scaler.state_dict()
         try:
             state.save_state(out / "state", done, parts, meta, keep=recipe.run.keep)
         except state.StateError as error:

@@ -66,9 +66,10 @@ def dinov2_vit_small() -> PretrainRecipe:
 def poa_fashion() -> PretrainRecipe:
     """The elastic tiny ViT on the 10,000 Fashion-MNIST pictures that ship in the package.
 
-    Pictures are 28 pixels wide and grey, so the crops are small and colour is made up: random foreground and background colours.
-    The run is short, so few prototypes and a sharp teacher at first: a student can only learn from targets that vary more than
-    its own outputs, which asks for (correlation of two views) x (student temperature) > (teacher temperature).
+    Pictures are 28 pixels wide and grey, on black: crops are small, half of them show the whole picture small and somewhere, and
+    colour is made up. The views of a picture that an untrained network sees have little in common then, and a student can only
+    learn from targets that vary more than its own outputs, which asks for (correlation of two views) x (student temperature) >
+    (teacher temperature). So the teacher is sharp, follows quickly at first, and there are few prototypes.
     """
     return PretrainRecipe(
         name="poa_fashion",
@@ -78,11 +79,11 @@ def poa_fashion() -> PretrainRecipe:
             prototypes=(32, 64, 128, 256),
             head_hidden=256,
             head_bottleneck=256,
-            teacher_temperature=(0.015, 0.04),
-            teacher_temperature_warmup=0.5,
-            momentum=(0.99, 0.9999),
-            ibot_start=0.1,
-            last_layer_freeze=0.03,
+            teacher_temperature=(0.006, 0.02),
+            teacher_temperature_warmup=0.6,
+            momentum=(0.98, 0.9999),
+            ibot_start=0.0,
+            last_layer_freeze=0.0,
             layer_decay=1.0,
             patch_embed_lr=0.5,
             crops=Crops(
@@ -94,11 +95,12 @@ def poa_fashion() -> PretrainRecipe:
                 blur=(0.2, 0.1, 0.1),
                 blur_sigma=(0.1, 1.0),
                 solarize=0.0,
-                recolour=0.3,
+                recolour=0.5,
+                zoom_out=(0.6, 1.7),
             ),
         ),
-        optim=Optim(lr=0.002, lr_batch=256, lr_end=1e-5, warmup=0.05, clip=3.0),
-        run=Run(steps=3000, batch=64, save_every=250, eval_every=250, workers=1, trackers=()),
+        optim=Optim(lr=0.003, lr_batch=256, lr_end=1e-5, warmup=0.05, clip=3.0),
+        run=Run(steps=4500, batch=64, save_every=250, eval_every=250, workers=1, trackers=()),
     )
 
 
