@@ -4,7 +4,8 @@
     python benchmarks/poa_fashion.py runs/poa_fashion
 
 Writes the checkpoint with its card into the package, measures every subnet (trained and untrained) and raw pixels under every
-protocol on both test sets into leaderboard/poa_fashion.jsonl, keeps recipe and log beside them, renders the page.
+protocol on both test sets into leaderboard/poa_fashion.jsonl, keeps recipe and log beside them, renders the page, and writes what
+they come to into the card and the README.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from okavango.models.backbone import create_model
 from okavango.zoo import hub
 from okavango.zoo.checkpoint import file_sha256, save_checkpoint
 from okavango.zoo.leaderboard.page import render, table
-from okavango.zoo.leaderboard.records import environment, read_records
+from okavango.zoo.leaderboard.records import Record, environment, read_records
 
 ROOT = Path(__file__).parent.parent
 NAME = "elastic_vit_tiny.poa_fashion"
@@ -42,8 +43,8 @@ def hours(log: list[dict], batch: int) -> float:
     return seconds / 3600
 
 
-def ship(run: Path) -> Path:
-    """The exported backbone with a card that says how it was made."""
+def ship(run: Path, results: dict[str, str]) -> Path:
+    """The exported backbone with a card that says how it was made, and what it is worth."""
     recipe = json.loads((run / "recipe.json").read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     took, settings = hours(log, recipe["run"]["batch"]), recipe["run"]
@@ -65,6 +66,7 @@ def ship(run: Path) -> Path:
         "pictures seen": settings["steps"] * settings["batch"],
         "data": "samples/fashion: 10,000 training pictures of Fashion-MNIST (Zalando SE, MIT), labels unused",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "results": results,
         "log": rows,
         "records": "leaderboard/poa_fashion.jsonl in the repository; the whole log and recipe lie beside it",
         "intended use": "examples, tests and studies of elastic pretraining on small pictures; not a general-purpose encoder",
@@ -98,13 +100,46 @@ def measure(folder: Path, out: Path) -> None:
         print(f"{facts['baseline']} {facts.get('subnet', '')}: measured", flush=True)
 
 
+def results(records: list[Record]) -> dict[str, str]:
+    """For each test set and protocol, the accuracies of all sizes, and who wins."""
+    said = {}
+    for dataset, protocol in dict.fromkeys((record.dataset, record.protocol) for record in records):
+        values: dict[str, list[float]] = {}
+        for record in records:
+            if (record.dataset, record.protocol) == (dataset, protocol):
+                values.setdefault(record.baseline, []).append(record.value)
+        ranges = {name: f"{min(v):.3f}" + (f"..{max(v):.3f}" if len(v) > 1 else "") for name, v in values.items()}
+        best = max(values, key=lambda name: max(values[name]))
+        said[f"{dataset}, {protocol}"] = ", ".join(f"{name} {text}" for name, text in ranges.items()) + f": {best} best"
+    return said
+
+
+START, END = "<!-- benchmarks/poa_fashion.py writes from here -->", "<!-- to here -->"
+
+
+def block(records: list[Record]) -> str:
+    """What the README says of the records."""
+    rows = [[*key.split(", "), *value.rpartition(": ")[::2]] for key, value in results(records).items()]
+    lines = ["| test pictures | protocol | accuracy, smallest to largest of all sizes | |", "|---|---|---|---|"]
+    return "\n".join([START, *lines, *("| " + " | ".join(row) + " |" for row in rows), END])
+
+
+def block_in(text: str) -> str:
+    """That part of the README."""
+    return text[text.index(START) : text.index(END) + len(END)]
+
+
 def main(run: str) -> None:
     """Ship, measure, render."""
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
     out = ROOT / "leaderboard" / "poa_fashion.jsonl"
-    measure(ship(Path(run)), out)
+    measure(ship(Path(run), {}), out)
     records = read_records(out)
+    ship(Path(run), results(records))
     render(records, ROOT / "leaderboard" / "poa_fashion.html", title=f"{NAME}: all subnets")
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    readme.write_text(text.replace(block_in(text), block(records)))
     print(table(records))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import re
 import shlex
@@ -115,3 +116,17 @@ def test_the_settings_that_the_page_on_poa_names_exist():
     assert len(flags) > 6
     for flag in flags:
         assert flag in shown, flag
+
+
+def test_measured_numbers_are_those_of_the_records():
+    from okavango.zoo.hub import resolve
+    from okavango.zoo.leaderboard.records import read_records
+
+    spec = importlib.util.spec_from_file_location("poa_fashion", ROOT / "benchmarks" / "poa_fashion.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    records = read_records(ROOT / "leaderboard" / "poa_fashion.jsonl")
+    assert script.block_in(README) == script.block(records)
+    card = (resolve(script.NAME) / "README.md").read_text()
+    for value in script.results(records).values():
+        assert value in card
