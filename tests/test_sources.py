@@ -215,7 +215,7 @@ def test_digest_follows_content_not_place(folder, tmp_path_factory):
         ("{tmp}/*.tar", "no .tar shards match"),
         ("https://example.org/a.tar", "only local data"),
         ("samples/nothing", "samples/fashion"),
-        ("samples/fashion:validation", "train and test"),
+        ("samples/fashion:validation", "train, test and moved"),
         ("{tmp}/file.zip", "is a file"),
     ],
 )

@@ -78,6 +78,7 @@ def load_weights(
         CheckpointError: two tensors for one name; with `strict`, any tensor without a place or place without a tensor.
 
     Example:
+        >>> import torch
         >>> print(load_weights(nn.Linear(2, 1), {"weight": torch.ones(1, 2), "b": torch.zeros(1)}, rename={"b": "bias"}))
         2 tensors matched
         1 renamed: b -> bias

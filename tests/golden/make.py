@@ -15,7 +15,7 @@ import json
 import shutil
 import sys
 import tempfile
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,8 @@ def make_checkpoint() -> None:
 
 def revive(template: Any, stored: dict[str, Any]) -> Any:
     """A copy of a settings dataclass with the values that JSON holds."""
+    from okavango.pretrain.settings import Run
+
     known = {field.name for field in fields(template)}
     changes = {}
     for name, value in stored.items():
@@ -144,7 +146,11 @@ def revive(template: Any, stored: dict[str, Any]) -> Any:
         if is_dataclass(getattr(template, name)):
             value = revive(getattr(template, name), value)
         changes[name] = tuple(value) if isinstance(value, list) else value
-    return replace(template, **changes)
+    # What came later is off by default, whatever today's recipe says; of the loop, only what decides the result is stored.
+    later = {field.name: field.default for field in fields(template) if field.name not in stored and field.default is not MISSING}
+    if isinstance(template, Run):
+        later = {}
+    return replace(template, **later, **changes)
 
 
 def state_recipe():
@@ -184,6 +190,22 @@ def make_state() -> None:
     state = State(folder, STATE_STEP, meta)
     parts = {part: observe_tensors(state.tensors(part)) for part in ("objective", "optimiser")}
     write("state", {"environment": environment(), "files": hashes(GOLDEN / "state"), "parts": parts, "log": log})
+
+
+def make_endings() -> None:
+    """How the run of the golden state ends today, in `state.json`; the state itself stays. For meant changes of the arithmetic."""
+    from okavango import verbs
+    from okavango.pretrain.state import latest_state
+
+    stored = json.loads((GOLDEN / "state.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        shutil.copytree(GOLDEN / "state", out / "state")
+        state, _ = latest_state(out / "state")
+        assert state is not None
+        verbs.pretrain(revive(state_recipe(), state.meta["recipe"]), out=out, say=lambda line: None)
+        log = [*stored["log"][:STATE_STEP], *read_log(out)]
+    write("state", {**stored, "environment": environment(), "log": log})
 
 
 # -- records ----------------------------------------------------------------------------------------------------------------
@@ -310,6 +332,7 @@ def make_flags() -> None:
 MAKERS = {
     "checkpoint": (make_checkpoint, "checkpoint.json"),
     "state": (make_state, "state.json"),
+    "endings": (make_endings, "state.json"),
     "records": (make_records, "records.json"),
     "curves": (make_curves, "curves"),
     "flags": (make_flags, "flags.json"),
