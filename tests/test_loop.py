@@ -224,6 +224,21 @@ def test_override_names_the_nearest_setting():
     assert replace(tiny(), name="x").name == "x"
 
 
+def test_settings_that_an_older_state_does_not_know():
+    recipe = named("poa_tiny", "pretrain")
+    stored = json.loads(json.dumps(loop._essence(recipe)))
+    assert loop._differences(stored, recipe) == []
+    del stored["objective"]["crops"]["zoom_out"]  # it was written before there was such a thing
+    assert loop._differences(stored, recipe) == ["objective.crops.zoom_out"]
+    plain = verbs.override(recipe, {"objective.crops.zoom_out": (0.0, 1.0), "save_every": 3})
+    assert loop._differences(stored, plain) == []
+    assert loop._differences({**stored, "moon": 1}, verbs.override(plain, {"steps": 7, "optim.lr": 1.0})) == [
+        "moon",
+        "optim.lr",
+        "run.steps",
+    ]
+
+
 def test_interrupt_is_one_line(tmp_path):
     import signal
 

@@ -8,6 +8,7 @@ weights, bit for bit.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from okavango.models.features import to_device
 from okavango.models.preprocess import Preprocess
 from okavango.pretrain import collectives, state
 from okavango.pretrain.optim import Optimiser, clip_gradients, lerp_parameters
-from okavango.pretrain.settings import Recipe
+from okavango.pretrain.settings import Recipe, Run
 from okavango.zoo.checkpoint import save_checkpoint
 
 
@@ -130,7 +130,7 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
     if start == 0:
         _preflight(objective, batches, accelerator, out, run, say)
     if main:
-        state.write_json(out / "recipe.json", asdict(recipe))
+        state.write_json(out / "recipe.json", dataclasses.asdict(recipe))
     clock, bad_seen = _Clock(), 0
     loader = ending.enter_context(closing(batch_loader(batches, start, run.steps, workers=run.workers)))
     objective.train()
@@ -252,7 +252,7 @@ def _resume(objective, optimiser, average, recipe: Recipe, out: Path, accelerato
     for key, value in found.meta["environment"].items():
         if here.get(key) != value:
             say(f"resuming with {key} {here.get(key)}, the state was written with {value}: the result may differ in the last bits")
-    if changed := ", ".join(_differences(found.meta["recipe"], json.loads(json.dumps(_essence(recipe))))):
+    if changed := ", ".join(_differences(found.meta["recipe"], recipe)):
         raise RunError(f"{out} holds a run with another recipe ({changed} differ); choose another --out or repeat the old settings")
     with torch.no_grad():
         _load_into(objective.state_dict(), found.tensors("objective"))
@@ -269,19 +269,23 @@ def _resume(objective, optimiser, average, recipe: Recipe, out: Path, accelerato
 
 def _essence(recipe: Recipe) -> dict:
     """The part of a recipe that decides the result; the rest may change when a run is resumed."""
-    whole = asdict(recipe)
+    whole = dataclasses.asdict(recipe)
     whole["run"] = {key: whole["run"][key] for key in ("steps", "batch", "seed", "accumulate", "precision")}
     return whole
 
 
-def _differences(was: dict, now: dict, prefix: str = "") -> list[str]:
-    """Dotted names of settings that differ; those that a newer version added are not known to an older state."""
-    names = []
-    for key, value in was.items():
-        if isinstance(value, dict) and isinstance(now.get(key), dict):
-            names += _differences(value, now[key], f"{prefix}{key}.")
-        elif now.get(key) != value:
-            names.append(prefix + key)
+def _differences(was: dict, now: Any, prefix: str = "") -> list[str]:
+    """Dotted names of settings that differ. What an older state does not know had its default, or did not decide the result."""
+    names = [prefix + name for name in was if name not in {field.name for field in dataclasses.fields(now)}]
+    for field in dataclasses.fields(now):
+        value = getattr(now, field.name)
+        if dataclasses.is_dataclass(value):
+            names += _differences(was.get(field.name, {}), value, f"{prefix}{field.name}.")
+        elif field.name in was:
+            if was[field.name] != json.loads(json.dumps(value)):
+                names.append(prefix + field.name)
+        elif not isinstance(now, Run) and field.default is not dataclasses.MISSING and value != field.default:
+            names.append(prefix + field.name)
     return names
 
 
