@@ -50,7 +50,8 @@ def ship(run: Path, results: dict[str, str]) -> Path:
     took, settings = hours(log, recipe["run"]["batch"]), recipe["run"]
     knn = {entry["step"] + 1: entry["backbone_knn_accuracy"] for entry in log if "backbone_knn_accuracy" in entry}
     losses = {entry["step"] + 1: entry["loss"] for entry in log if "loss" in entry}
-    steps = [step for step in losses if step % (settings["steps"] // 8) == 0 or step == settings["steps"]]
+    every = settings["eval_every"] * max(1, round(settings["steps"] / 8 / settings["eval_every"]))
+    steps = [step for step in losses if step % every == 0 or step == settings["steps"]]
     online = {step: f", online k-NN {value:.3f}" for step, value in knn.items()}
     rows = {f"step {step}": f"loss {losses[step]:.3f}" + online.get(step, "") for step in steps}
     versions, hardware = environment()
