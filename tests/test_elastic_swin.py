@@ -445,7 +445,7 @@ def test_weights_of_another_window_are_fitted_and_reported():
 def test_stochastic_depth_rises_linearly_and_is_off_in_eval_mode():
     images = pixels(8, 3, 16, 16)
     net, plain = build(drop_path=0.4), build()
-    rates = [block.drop_path for stage in net.stages for block in stage.blocks]
+    rates = [block.drop_path for block in net.blocks]
     assert rates == pytest.approx([0.4 * index / 8 for index in range(9)])
     assert torch.equal(net(image=images).pooled, plain(image=images).pooled)
     torch.manual_seed(0)

@@ -209,6 +209,11 @@ class _Hierarchy(Backbone):
         self.preprocess = default_preprocess(given["image_size"], given["channels"])
         self.feature_info = FeatureInfo(widths[-1], len(channels), tuple(channels), tuple(strides))
 
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks in their order, for those who treat them one by one (`--compile`)."""
+        return [cast(Block, block) for stage in self.stages for block in cast(Stage, stage).blocks]
+
     def _check_image(self, images: Tensor, step: int, what: str) -> tuple[int, int]:
         """Height and width in cells of `step` pixels."""
         height, width = images.shape[-2:]
