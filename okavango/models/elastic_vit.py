@@ -7,8 +7,7 @@ scaled by full width / active width (Eq. 2 and 3 of the paper). `ElasticViT.extr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,19 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from okavango.models.backbone import Backbone, FeatureInfo, latency, register, resolve_layers
+from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
+from okavango.models.elastic import FitBudget, image_preprocess, kept_blocks
 from okavango.models.features import Features, Layer, Subnet
-from okavango.models.preprocess import Image, Normalise, Preprocess, Resize
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 NORM_EPS = 1e-6
-
-
-def kept_blocks(depth: int, total: int) -> tuple[int, ...]:
-    """Indices of the blocks that a subnet of `depth` keeps out of `total`: evenly spaced, truncated, first and last included."""
-    return tuple(np.linspace(0, total - 1, depth).astype(np.int64).tolist())
 
 
 def sampling_pool(widths: Sequence[int], depths: Sequence[int], scale: float = 3.0) -> tuple[Subnet, ...]:
@@ -192,33 +186,6 @@ def interpolate_positions(embed: Tensor, grid: tuple[int, int], native: tuple[in
     return torch.cat([head, patches.flatten(2).transpose(1, 2).to(embed.dtype)], 1)
 
 
-def vit_preprocess(image_size: int, channels: int) -> Preprocess:
-    """The default input: pictures with ImageNet statistics; small ones are shown whole, others cut to 224 of 256 pixels."""
-    resize = Resize(rule="shortest", crop_ratio=1.0 if image_size <= 64 else 224 / 256)
-    if channels == 3:
-        return Preprocess(image=Image(size=(image_size, image_size), resize=resize))
-    half = Normalise(rule="standard", mean=(0.5,) * channels, std=(0.5,) * channels, origin="range 0..1")
-    names = ("grey",) if channels == 1 else tuple(f"channel{i}" for i in range(channels))
-    return Preprocess(image=Image(channels=names, size=(image_size, image_size), resize=resize, normalise=half))
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What `ElasticViT.fit_budget` found.
-
-    Attributes:
-        subnet: the largest one within the budget.
-        parameters: of its stand-alone model.
-        latency_ms: median milliseconds per batch on this machine, None when only parameters were asked for.
-        measured: subnet -> (parameters, latency_ms) of all that were tried.
-    """
-
-    subnet: Subnet
-    parameters: int
-    latency_ms: float | None
-    measured: Mapping[Subnet, tuple[int, float | None]]
-
-
 class _Tokens(Backbone):
     """What the elastic and the extracted transformer share: patches in, `Features` out."""
 
@@ -251,7 +218,7 @@ class _Tokens(Backbone):
         )
 
 
-class ElasticViT(_Tokens):
+class ElasticViT(_Tokens, FitBudget):
     """Vision transformer whose width and depth are chosen per call.
 
     Args:
@@ -321,7 +288,7 @@ class ElasticViT(_Tokens):
         self.head_dim, self.patch_size, self.position_offset = head_dim, patch_size, position_offset
         side = image_size // patch_size
         self.native_grid = (side, side)
-        self.preprocess = vit_preprocess(image_size, channels)
+        self.preprocess = image_preprocess(image_size, channels)
         self.feature_info = FeatureInfo(max_width, max_depth, (max_width,) * max_depth, (patch_size,) * max_depth, prefix=1)
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, max_width))
@@ -499,50 +466,6 @@ class ElasticViT(_Tokens):
         model.preprocess = self.preprocess
         return model.to(self.pos_embed.device, self.pos_embed.dtype).eval()
 
-    def fit_budget(self, *, latency_ms: float | None = None, params: int | None = None, batch: int = 1, repeats: int = 15) -> Fit:
-        """The largest subnet within a budget that is measured on this machine.
-
-        Args:
-            latency_ms: milliseconds per forward pass of `batch` images at the training size, by the stand-alone model, with the
-                threads that torch has now; the median of `repeats` passes counts.
-            params: parameters of the stand-alone model.
-        Raises:
-            ValueError: no budget given, or no subnet meets it; the message says what the smallest one needs.
-        """
-        if latency_ms is None and params is None:
-            raise ValueError("fit_budget: give latency_ms=, params= or both")
-        subnets = sorted(self.list_subnets(), key=lambda subnet: (self.count_parameters(subnet), subnet))
-        fitting = [s for s in subnets if params is None or self.count_parameters(s) <= params]
-        if not fitting:
-            least = self.count_parameters(subnets[0])
-            raise ValueError(f"fit_budget: no subnet has at most {params} parameters; the smallest has {least}")
-        if latency_ms is None:
-            best, count = fitting[-1], self.count_parameters(fitting[-1])
-            return Fit(best, count, None, {best: (count, None)})
-        measured: dict[Subnet, tuple[int, float]] = {}
-
-        def meets(subnet: Subnet) -> bool:
-            if subnet not in measured:
-                measured[subnet] = (self.count_parameters(subnet), latency(self.extract(subnet), batch, repeats))
-            return measured[subnet][1] <= latency_ms
-
-        # Latency grows with parameters but not strictly (depth costs more time than width), so the neighbours above are tried too.
-        low, high = 0, len(fitting)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if meets(fitting[middle]) else (low, middle)
-        for subnet in fitting[low : low + 4]:
-            meets(subnet)
-        good = [s for s in fitting if s in measured and measured[s][1] <= latency_ms]
-        if not good:
-            smallest = min(measured, key=lambda s: measured[s][1])
-            raise ValueError(
-                f"fit_budget: no subnet takes at most {latency_ms:g} ms for a batch of {batch} here; "
-                f"the fastest measured, {smallest}, takes {measured[smallest][1]:.2f} ms"
-            )
-        best = good[-1]
-        return Fit(best, *measured[best], measured)
-
 
 class ViT(_Tokens):
     """timm's VisionTransformer as a backbone (`trunk`): what `ElasticViT.extract` returns.
@@ -558,7 +481,7 @@ class ViT(_Tokens):
         self.native_grid = (arguments["image_size"] // self.patch_size,) * 2
         width, depth = arguments["width"], arguments["depth"]
         self.head_dim = arguments["head_dim"]
-        self.preprocess = vit_preprocess(arguments["image_size"], arguments["channels"])
+        self.preprocess = image_preprocess(arguments["image_size"], arguments["channels"])
         self.feature_info = FeatureInfo(width, depth, (width,) * depth, (self.patch_size,) * depth, prefix=1)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -24,6 +24,16 @@ _VIT_BACK = (
     (r"(blocks\.\d+\.(?:attn|mlp)\.\w+)\.", r"\1.linear."),
     (r"^norm\.", "norm.norm."),
 )
+_RESNET = (
+    (r"^(layer\d+)\.layers\.(\d+\.conv\d)\.conv\.", r"\1.\2."),
+    (r"^(layer\d+)\.layers\.", r"\1."),
+)
+_RESNET_BACK = (
+    (r"^(layer\d+)\.(\d+\.conv\d)\.", r"\1.layers.\2.conv."),
+    (r"^(layer\d+)\.(\d+)\.", r"\1.layers.\2."),
+)
+_BACKBONE = _VIT + _RESNET
+_BACKBONE_BACK = _VIT_BACK + _RESNET_BACK
 _HEAD = (
     (r"^mlp(\d+)\.0\.linear\.", r"\1.fc1."),
     (r"^mlp(\d+)\.2\.", r"\1.fc2."),
@@ -47,23 +57,23 @@ def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def from_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official ViT and head keys -> ours; prefixes such as ``student.`` stay, ``dino_head`` becomes ``head``."""
-    return {_convert(name, _VIT, _HEAD, "dino_head.", "head."): tensor for name, tensor in tensors.items()}
+    """Official keys of backbones and heads -> ours; prefixes such as ``student.`` stay, ``dino_head`` becomes ``head``."""
+    return {_convert(name, _BACKBONE, _HEAD, "dino_head.", "head."): tensor for name, tensor in tensors.items()}
 
 
 def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `from_official`."""
-    return {_convert(name, _VIT_BACK, _HEAD_BACK, "head.", "dino_head."): tensor for name, tensor in tensors.items()}
+    return {_convert(name, _BACKBONE_BACK, _HEAD_BACK, "head.", "dino_head."): tensor for name, tensor in tensors.items()}
 
 
-def _convert(name: str, vit, head, head_old: str, head_new: str) -> str:
+def _convert(name: str, backbone, head, head_old: str, head_new: str) -> str:
     prefix = next(start for start in ("student.", "teacher.", "") if name.startswith(start))
     rest = name[len(prefix) :]
     if rest.startswith(head_old):
         return prefix + head_new + _rename(rest[len(head_old) :], head)
     if rest.startswith("backbone."):
-        return prefix + "backbone." + _rename(rest[len("backbone.") :], vit)
-    return name if prefix else _rename(_rename(name, vit), head)
+        return prefix + "backbone." + _rename(rest[len("backbone.") :], backbone)
+    return name if prefix else _rename(_rename(name, backbone), head)
 
 
 def read_official(

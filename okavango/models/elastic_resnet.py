@@ -1,0 +1,481 @@
+"""Elastic ResNet: one set of weights, a grid of inner widths and of depths per stage (POA, arXiv 2408.01031).
+
+All blocks are bottlenecks with group norm. The channels between blocks are fixed; a subnet keeps the leading channels inside each
+block and evenly spaced blocks of each stage. A convolution whose input is narrowed is scaled by full width / active width (Eq. 2
+and 3 of the paper), and a narrowed norm has the same number of groups. The intact network is therefore a *wide* ResNet; the usual
+ResNet-50 and ResNet-152 are subnets of it. `ElasticResNet.extract` folds all of that into timm's ResNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
+from okavango.models.elastic import FitBudget, image_preprocess, kept_blocks
+from okavango.models.features import Features, Layer, Subnet
+
+if TYPE_CHECKING:
+    from timm.models.resnet import ResNet as TimmResNet
+
+STRIDES = (4, 8, 16, 32)  # input pixels per cell of each stage
+STAGES = len(STRIDES)
+
+
+def sampling_pool(widths: Sequence[int], depths: Sequence[tuple[int, ...]], scale: float = 2.0) -> tuple[Subnet, ...]:
+    """The multiset that elastic students are drawn from; the last entry is the intact network.
+
+    Depths are ordered by the number of blocks; the shallowest gets `scale` times the weight of the deepest, rounded half to even.
+    All widths count the same.
+
+    Args:
+        widths: ascending; depths: blocks per stage, in lexicographic order.
+    """
+    ordered = sorted(depths, key=sum)  # stable: equal numbers of blocks stay in lexicographic order
+    pool = []
+    for width in widths:
+        for depth, weight in zip(ordered, np.linspace(scale, 1, len(ordered)), strict=True):
+            pool += [Subnet(width, depth)] * int(np.round(weight))
+    return tuple(pool)
+
+
+def convolve(x: Tensor, conv: nn.Conv2d, out: int) -> Tensor:
+    """A slice of a convolution without bias: the leading `x.shape[1]` inputs and the leading `out` outputs.
+
+    Args:
+        x: (B, inputs, H, W), inputs <= conv.in_channels.
+    Returns:
+        (B, out, h, w), scaled by in_channels / inputs.
+    """
+    inputs, weight = x.shape[1], conv.weight[:out]
+    if inputs < conv.in_channels:  # a slice of the inputs is copied in any case, so the scale costs nothing here
+        weight = weight[:, :inputs] * (conv.in_channels / inputs)
+    return F.conv2d(x, weight, None, conv.stride, conv.padding)
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """Group norm over the active channels with the leading weights; the number of groups stays, the groups are smaller."""
+    channels = x.shape[1]
+    return F.group_norm(x, norm.num_groups, norm.weight[:channels], norm.bias[:channels], norm.eps)
+
+
+class Bottleneck(nn.Module):
+    """Residual block of a 1x1, a 3x3 (with the stride) and a 1x1 convolution, each with group norm.
+
+    Args:
+        inputs, out: channels before and after the block, never narrowed.
+        width: greatest number of channels inside.
+        stride: of the 3x3 convolution and of the shortcut.
+        groups: of every norm.
+    """
+
+    def __init__(self, inputs: int, width: int, out: int, stride: int, groups: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.norm1 = nn.GroupNorm(groups, width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.norm2 = nn.GroupNorm(groups, width)
+        self.conv3 = nn.Conv2d(width, out, 1, bias=False)
+        self.norm3 = nn.GroupNorm(groups, out)
+        self.downsample: nn.Sequential | None = None
+        if stride > 1 or inputs != out:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, out, 1, stride, bias=False), nn.GroupNorm(groups, out))
+
+    def forward(self, x: Tensor, width: int) -> Tensor:
+        y = F.relu(group_norm(convolve(x, self.conv1, width), self.norm1))
+        y = F.relu(group_norm(convolve(y, self.conv2, width), self.norm2))
+        y = self.norm3(convolve(y, self.conv3, self.conv3.out_channels))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+def rows(x: Tensor) -> Tensor:
+    """A map (B, D, h, w) as tokens (B, h * w, D), row by row."""
+    return x.flatten(2).transpose(1, 2)
+
+
+class _Maps(Backbone):
+    """What the elastic and the extracted network share: four maps in, `Features` out."""
+
+    token_scale: int
+
+    def _features(self, maps: Sequence[Tensor], layers: dict[int, Tensor]) -> Features:
+        last = maps[-1]
+        cells = last if self.token_scale == 1 else F.interpolate(last, scale_factor=self.token_scale, mode="nearest")
+        return Features(
+            pooled=last.mean((2, 3)),
+            tokens={"image": rows(cells)},
+            grid={"image": (cells.shape[2], cells.shape[3])},
+            layers={i: Layer(None, {"image": rows(y)}, {"image": (y.shape[2], y.shape[3])}) for i, y in layers.items()},
+            maps=tuple(maps),
+            strides=STRIDES,
+        )
+
+
+def _info(depths: Sequence[int], out_channels: int) -> FeatureInfo:
+    """Layers are blocks."""
+    stages = [stage for stage, depth in enumerate(depths) for _ in range(depth)]
+    return FeatureInfo(
+        channels=out_channels << STAGES - 1,
+        layers=len(stages),
+        layer_channels=tuple(out_channels << stage for stage in stages),
+        strides=tuple(STRIDES[stage] for stage in stages),
+    )
+
+
+class ElasticResNet(_Maps, FitBudget):
+    """Bottleneck ResNet with group norm whose inner width and whose depth per stage are chosen per call.
+
+    `Features.pooled` is the mean of the last stage's map, `maps` are the four stages; there is no final norm. `tokens`, for losses
+    on patches, are the last map with each cell repeated `token_scale` times along both sides: 14 x 14 of them for 224 pixels.
+
+    Args:
+        image_size: side of the square training image in pixels.
+        min_width, max_width, width_step: range of inner widths of the first stage; each further stage has twice as many channels.
+        min_depths, max_depths: ranges of blocks of the four stages.
+        stem_channels: channels before the first stage.
+        out_channels: channels after the first stage; each further stage has twice as many.
+        groups: of all norms; divides all numbers of channels.
+        channels: channels of the image.
+        token_scale: tokens per cell of the last stage along a side, 1, 2, 4 or 8.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+
+    optional_parameters = ("mask_token",)  # has no gradient until tokens are masked
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 224,
+        min_width: int = 64,
+        max_width: int = 128,
+        width_step: int = 32,
+        min_depths: Sequence[int] = (3, 4, 6, 3),
+        max_depths: Sequence[int] = (3, 8, 36, 3),
+        stem_channels: int = 64,
+        out_channels: int = 256,
+        groups: int = 32,
+        channels: int = 3,
+        token_scale: int = 2,
+    ):
+        super().__init__()
+        if not 1 <= min_width <= max_width or width_step < 1 or (max_width - min_width) % width_step:
+            raise ValueError(
+                f"widths {min_width}..{max_width} by {width_step}: expected 1 <= min_width <= max_width in whole steps"
+            )
+        self.widths = tuple(range(min_width, max_width + 1, width_step))
+        if out_channels % 4:
+            raise ValueError(f"out_channels {out_channels}: must be a multiple of 4, the usual inner width being a quarter of it")
+        if groups < 1 or any(value % groups for value in (stem_channels, out_channels, *self.widths)):
+            raise ValueError(f"groups {groups}: must divide stem_channels, out_channels and all widths")
+        min_depths, max_depths = tuple(min_depths), tuple(max_depths)
+        if len(min_depths) != STAGES or len(max_depths) != STAGES:
+            raise ValueError(f"depths {min_depths}..{max_depths}: expected one number for each of {STAGES} stages")
+        if any(not 1 <= low <= high for low, high in zip(min_depths, max_depths, strict=True)):
+            raise ValueError(f"depths {min_depths}..{max_depths}: expected 1 <= min_depths <= max_depths")
+        if image_size < 1 or token_scale not in (1, 2, 4, 8):
+            raise ValueError(f"image_size {image_size}, token_scale {token_scale}: expected at least 1, and one of 1, 2, 4, 8")
+        self.architecture = "elastic_resnet"
+        self.arguments = {
+            "image_size": image_size,
+            "min_width": min_width,
+            "max_width": max_width,
+            "width_step": width_step,
+            "min_depths": min_depths,
+            "max_depths": max_depths,
+            "stem_channels": stem_channels,
+            "out_channels": out_channels,
+            "groups": groups,
+            "channels": channels,
+            "token_scale": token_scale,
+        }
+        self.depths = tuple(tuple(range(low, high + 1)) for low, high in zip(min_depths, max_depths, strict=True))
+        self.token_scale = token_scale
+        self.preprocess = image_preprocess(image_size, channels)
+        self.feature_info = _info(max_depths, out_channels)
+
+        self.conv1 = nn.Conv2d(channels, stem_channels, 7, 2, 3, bias=False)
+        self.norm1 = nn.GroupNorm(groups, stem_channels)
+        self.mask_token = nn.Parameter(torch.zeros(1, stem_channels, 1, 1))
+        inputs = stem_channels
+        for stage, depth in enumerate(max_depths):
+            blocks = nn.ModuleList()
+            for index in range(depth):
+                out, stride = out_channels << stage, 2 if stage and index == 0 else 1
+                blocks.append(Bottleneck(inputs, max_width << stage, out, stride, groups))
+                inputs = out
+            self.add_module(f"layer{stage + 1}", blocks)
+
+    # -- subnets ------------------------------------------------------------------------------------------------------
+
+    @property
+    def intact(self) -> Subnet:
+        """The full network."""
+        return Subnet(self.widths[-1], tuple(stage[-1] for stage in self.depths))
+
+    def list_subnets(self) -> list[Subnet]:
+        """All subnets, by width, then depth of the first stage, of the second, and so on."""
+        return [Subnet(width, depths) for width in self.widths for depths in product(*self.depths)]
+
+    def sampling_pool(self, scale: float = 2.0) -> tuple[Subnet, ...]:
+        """The multiset that training draws from; see the function of the same name."""
+        return sampling_pool(self.widths, list(product(*self.depths)), scale)
+
+    def check_subnet(self, subnet: Subnet | None) -> Subnet:
+        """The subnet itself, or the intact one for None.
+
+        Raises:
+            ValueError: not on the grid of widths and depths.
+        """
+        if subnet is None:
+            return self.intact
+        depths = subnet.depth if isinstance(subnet.depth, tuple) else ()
+        known = len(depths) == STAGES and all(depth in stage for depth, stage in zip(depths, self.depths, strict=True))
+        if subnet.width not in self.widths or not known:
+            ranges = ", ".join(str(stage[0]) if len(stage) == 1 else f"{stage[0]}..{stage[-1]}" for stage in self.depths)
+            raise ValueError(f"subnet {subnet}: widths are {', '.join(map(str, self.widths))} and depths of the stages {ranges}")
+        return subnet
+
+    def _sizes(self, subnet: Subnet | None) -> tuple[int, tuple[int, ...]]:
+        """Width and depths of a subnet, checked."""
+        subnet = self.check_subnet(subnet)
+        assert isinstance(subnet.depth, tuple)
+        return subnet.width, subnet.depth
+
+    def _blocks(self, depths: Sequence[int]) -> Iterator[tuple[int, int, int, Bottleneck]]:
+        """(stage from 0, position in the subnet's stage, index in the full stage, block) of each active block."""
+        for stage, depth in enumerate(depths):
+            blocks: Any = self.get_submodule(f"layer{stage + 1}")
+            for position, index in enumerate(kept_blocks(depth, len(blocks))):
+                yield stage, position, index, blocks[index]
+
+    def count_parameters(self, subnet: Subnet | None = None) -> int:
+        """Parameters of the stand-alone model of a subnet (the mask token is not one of them)."""
+        width, depths = self._sizes(subnet)
+        total = self.conv1.weight.numel() + 2 * self.norm1.num_channels
+        for stage, _, _, block in self._blocks(depths):
+            inner, inputs, out = width << stage, block.conv1.in_channels, block.conv3.out_channels
+            total += inputs * inner + 9 * inner * inner + inner * out + 4 * inner + 2 * out
+            total += 0 if block.downsample is None else inputs * out + 2 * out
+        return total
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def _stem(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(images))), 3, 2, 1)
+        if mask is None:
+            return x
+        rows, columns = (-(-side // STRIDES[-1]) * self.token_scale for side in images.shape[-2:])
+        if mask.shape[-1] != rows * columns:
+            raise ValueError(f"token_mask of {mask.shape[-1]} cells: this image has {rows} x {columns} tokens")
+        cells = F.interpolate(mask.view(-1, 1, rows, columns).float(), x.shape[-2:], mode="nearest")
+        return torch.where(cells > 0, self.mask_token.to(x.dtype), x)
+
+    def forward(self, inputs, *, present=None, token_mask=None, subnet=None, layers=()) -> Features:
+        """Image (B, C, H, W) of any size -> features of the subnet.
+
+        `token_mask["image"]`: bool (B, N), True where the mask token replaces the stem's output. Layer i is the i-th active block,
+        counted over all stages.
+        """
+        width, depths = self._sizes(subnet)
+        mask = None if token_mask is None else token_mask.get("image")
+        wanted = set(resolve_layers(layers, sum(depths)))
+        x = self._stem(inputs["image"], mask)
+        maps: list[Tensor] = []
+        kept: dict[int, Tensor] = {}
+        recompute = self.activation_checkpointing and self.training
+        for number, (stage, position, _, block) in enumerate(self._blocks(depths)):
+            inner = width << stage
+            x = checkpoint(block, x, inner, use_reentrant=False) if recompute else block(x, inner)
+            if number in wanted:
+                kept[number] = x
+            if position == depths[stage] - 1:
+                maps.append(x)
+        return self._features(maps, kept)
+
+    def layer_ids(self) -> dict[str, int]:
+        """See `Backbone.layer_ids`; blocks are counted over all stages, and no parameter stands after the last one."""
+        return _layer_ids(self, "", [stage[-1] for stage in self.depths])
+
+    # -- stand-alone models ---------------------------------------------------------------------------------------------
+
+    def extract(self, subnet: Subnet) -> ResNet:
+        """Cut a stand-alone model out of this one; the weights are copied, the width scale is folded in.
+
+        Returns:
+            A `ResNet` around timm's ResNet, in eval mode, on the same device: the subnet's outputs to 1e-5. See there for what is
+            not timm's own.
+        Raises:
+            ValueError: a subnet that is not in `list_subnets()`.
+
+        Example:
+            >>> net = elastic_resnet_tiny()
+            >>> net.extract(Subnet(16, (1, 1, 2, 1))).feature_info.layers
+            5
+        """
+        width, depths = self._sizes(subnet)
+        arguments = self.arguments
+        tensors = {"conv1.weight": self.conv1.weight, "bn1.weight": self.norm1.weight, "bn1.bias": self.norm1.bias}
+        for stage, position, _, block in self._blocks(depths):
+            name, inner = f"layer{stage + 1}.{position}", width << stage
+            scale = block.conv2.in_channels / inner
+            tensors[f"{name}.conv1.weight"] = block.conv1.weight[:inner]
+            tensors[f"{name}.conv2.weight"] = block.conv2.weight[:inner, :inner] * scale
+            tensors[f"{name}.conv3.weight"] = block.conv3.weight[:, :inner] * scale
+            for number, norm, channels in ((1, block.norm1, inner), (2, block.norm2, inner), (3, block.norm3, None)):
+                tensors[f"{name}.bn{number}.weight"] = norm.weight[:channels]
+                tensors[f"{name}.bn{number}.bias"] = norm.bias[:channels]
+            if block.downsample is not None:
+                tensors |= {f"{name}.downsample.{leaf}": tensor for leaf, tensor in block.downsample.state_dict().items()}
+        model = resnet(
+            width=width,
+            depths=depths,
+            **{key: arguments[key] for key in ("image_size", "stem_channels", "out_channels", "groups", "channels", "token_scale")},
+        )
+        model.trunk.load_state_dict({name: tensor.detach().clone() for name, tensor in tensors.items()})
+        model.preprocess = self.preprocess
+        return model.to(self.mask_token.device, self.mask_token.dtype).eval()
+
+
+def _layer_ids(model: nn.Module, prefix: str, depths: Sequence[int]) -> dict[str, int]:
+    """0 for the stem, 1 + the number of blocks before it for a block ``layer1.0.``."""
+    ids = {}
+    for name, _ in model.named_parameters():
+        first, second = name.removeprefix(prefix).split(".")[:2] if "." in name else ("", "")
+        inside = first.startswith("layer")
+        ids[name] = 1 + sum(depths[: int(first[5:]) - 1]) + int(second) if inside else 0
+    return ids
+
+
+class ResNet(_Maps):
+    """timm's ResNet as a backbone (`trunk`): what `ElasticResNet.extract` returns.
+
+    timm's constructor has a stem of 64 channels; where it shall be another, stem and first block are replaced afterwards, so such a
+    trunk cannot be named in `timm.create_model`. `Features.tokens` (repeated cells) and the pooling are made here.
+    """
+
+    def __init__(self, trunk: TimmResNet, *, arguments: dict):
+        super().__init__()
+        self.architecture, self.arguments = "resnet", arguments
+        self.trunk, self.token_scale = trunk, arguments["token_scale"]
+        self.preprocess = image_preprocess(arguments["image_size"], arguments["channels"])
+        self.feature_info = _info(arguments["depths"], arguments["out_channels"])
+
+    def forward(self, inputs, *, present=None, token_mask=None, subnet=None, layers=()) -> Features:
+        """Image (B, C, H, W) of any size -> features; layer i is the i-th block, counted over all stages."""
+        if subnet is not None or token_mask is not None:
+            raise ValueError("an extracted ResNet has no subnets and no mask token; use the elastic supernet for both")
+        trunk, wanted = self.trunk, set(resolve_layers(layers, self.feature_info.layers))
+        x = trunk.maxpool(trunk.act1(trunk.bn1(trunk.conv1(inputs["image"]))))
+        maps: list[Tensor] = []
+        kept: dict[int, Tensor] = {}
+        number = 0
+        stages: Any = (trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4)
+        for stage in stages:
+            for block in stage:
+                x = block(x)
+                if number in wanted:
+                    kept[number] = x
+                number += 1
+            maps.append(x)
+        return self._features(maps, kept)
+
+    def layer_ids(self) -> dict[str, int]:
+        """See `Backbone.layer_ids`; blocks are counted over all stages, and no parameter stands after the last one."""
+        return _layer_ids(self, "trunk.", self.arguments["depths"])
+
+
+@register
+def resnet(
+    *,
+    image_size: int = 224,
+    width: int = 64,
+    depths: Sequence[int] = (3, 4, 6, 3),
+    stem_channels: int = 64,
+    out_channels: int = 256,
+    groups: int = 32,
+    channels: int = 3,
+    token_scale: int = 2,
+) -> ResNet:
+    """A plain ResNet with group norm and the layout of an extracted subnet (timm's class inside); by default a ResNet-50."""
+    from timm.models import resnet as module
+
+    timm_resnet: Any = module  # its annotations ask for classes where it takes functions too
+
+    def norm(size: int, **_) -> nn.GroupNorm:
+        return nn.GroupNorm(groups, size)
+
+    depths, planes = tuple(depths), out_channels // timm_resnet.Bottleneck.expansion
+    inside = dict(base_width=64 * (width + 0.01) / planes, norm_layer=norm)  # timm rounds planes * base_width / 64 down
+    trunk = timm_resnet.ResNet(
+        timm_resnet.Bottleneck,
+        depths,
+        num_classes=0,
+        in_chans=channels,
+        channels=tuple(planes << stage for stage in range(STAGES)),
+        **inside,
+    )
+    if stem_channels != trunk.conv1.out_channels:
+        trunk.conv1 = nn.Conv2d(channels, stem_channels, 7, 2, 3, bias=False)
+        trunk.bn1 = norm(stem_channels)
+        trunk.feature_info[0]["num_chs"] = stem_channels
+        shortcut = None
+        if stem_channels != out_channels:
+            shortcut = timm_resnet.downsample_conv(stem_channels, out_channels, 1, norm_layer=norm)
+        trunk.layer1[0] = timm_resnet.Bottleneck(stem_channels, planes, downsample=shortcut, **inside)
+    arguments = {
+        "image_size": image_size,
+        "width": width,
+        "depths": depths,
+        "stem_channels": stem_channels,
+        "out_channels": out_channels,
+        "groups": groups,
+        "channels": channels,
+        "token_scale": token_scale,
+    }
+    return ResNet(trunk, arguments=arguments)
+
+
+@register
+def elastic_resnet(**arguments) -> ElasticResNet:
+    """Any elastic ResNet: takes all arguments of `ElasticResNet`."""
+    return ElasticResNet(**arguments)
+
+
+@register
+def elastic_resnet_tiny(**arguments) -> ElasticResNet:
+    """For small pictures and two cores: 64 px, inner widths 16..32, depths (1, 1..2, 1..3, 1); 1.2 M parameters."""
+    small = dict(
+        image_size=64,
+        min_width=16,
+        max_width=32,
+        width_step=8,
+        min_depths=(1, 1, 1, 1),
+        max_depths=(1, 2, 3, 1),
+        stem_channels=16,
+        out_channels=64,
+        groups=8,
+    )
+    return ElasticResNet(**{**small, **arguments})
+
+
+@register
+def elastic_resnet_50(**arguments) -> ElasticResNet:
+    """Inner widths 32..64 with 16 groups, depths (3, 2..4, 2..6, 3), up to ResNet-50."""
+    middle = dict(min_width=32, max_width=64, width_step=16, min_depths=(3, 2, 2, 3), max_depths=(3, 4, 6, 3), groups=16)
+    return ElasticResNet(**{**middle, **arguments})
+
+
+@register
+def elastic_resnet_152(**arguments) -> ElasticResNet:
+    """The published supernet: inner widths 64..128, depths (3, 4..8, 6..36, 3), ResNet-50 to a wide ResNet-152; 465 subnets."""
+    published = dict(min_width=64, max_width=128, width_step=32, min_depths=(3, 4, 6, 3), max_depths=(3, 8, 36, 3))
+    return ElasticResNet(**{**published, **arguments})
