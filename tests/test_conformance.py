@@ -24,6 +24,18 @@ ELASTIC = {
     "max_depth": 2,
     "head_dim": 16,
 }
+ELASTIC_RESNET = {
+    "image_size": 32,
+    "min_width": 4,
+    "max_width": 8,
+    "width_step": 4,
+    "min_depths": (1, 1, 1, 1),
+    "max_depths": (1, 2, 2, 1),
+    "stem_channels": 8,
+    "out_channels": 16,
+    "groups": 2,
+}
+PLAIN_RESNET = {"image_size": 32, "width": 4, "depths": (1, 2, 1, 1), "stem_channels": 8, "out_channels": 16, "groups": 2}
 PLAIN = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "head_dim": 16}
 # Arguments that make an architecture small enough for a test; true sizes are looked at on the meta device below.
 NATIVE: dict[str, dict] = {
@@ -33,6 +45,11 @@ NATIVE: dict[str, dict] = {
     "elastic_vit_base": ELASTIC,
     "elastic_vit_large": {**ELASTIC, "channels": 1},
     "vit": PLAIN,
+    "elastic_resnet": ELASTIC_RESNET,
+    "elastic_resnet_tiny": {"image_size": 32},
+    "elastic_resnet_50": {**ELASTIC_RESNET, "channels": 1},
+    "elastic_resnet_152": ELASTIC_RESNET,
+    "resnet": PLAIN_RESNET,
 }
 WRAPPED: dict[str, dict] = {
     "timm/test_vit": {"image_size": 32},
@@ -41,7 +58,7 @@ WRAPPED: dict[str, dict] = {
     "torchvision/resnet18": {"image_size": 64},
     "open_clip/okavango-smallest": {},
 }
-EXPORTED = ("elastic_vit", "vit", "timm/test_vit", "timm/test_resnet", "open_clip/okavango-smallest")  # the others in slow tests
+EXPORTED = ("elastic_vit", "vit", "elastic_resnet", "resnet", "timm/test_vit", "timm/test_resnet", "open_clip/okavango-smallest")  # the others in slow tests
 RULES = ["declarations", "shapes", "deterministic", "batch_independent", "layers", "unknown_modality", "backward"]
 
 
