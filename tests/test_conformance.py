@@ -58,7 +58,15 @@ WRAPPED: dict[str, dict] = {
     "torchvision/resnet18": {"image_size": 64},
     "open_clip/okavango-smallest": {},
 }
-EXPORTED = ("elastic_vit", "vit", "elastic_resnet", "resnet", "timm/test_vit", "timm/test_resnet", "open_clip/okavango-smallest")  # the others in slow tests
+EXPORTED = (
+    "elastic_vit",
+    "vit",
+    "elastic_resnet",
+    "resnet",
+    "timm/test_vit",
+    "timm/test_resnet",
+    "open_clip/okavango-smallest",
+)  # the others in slow tests
 RULES = ["declarations", "shapes", "deterministic", "batch_independent", "layers", "unknown_modality", "backward"]
 
 

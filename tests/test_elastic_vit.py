@@ -13,16 +13,8 @@ from torch import nn
 
 from okavango.models import elastic
 from okavango.models.backbone import create_model
-from okavango.models.elastic_vit import (
-    ElasticViT,
-    LayerScale,
-    add_residual,
-    interpolate_positions,
-    kept_blocks,
-    layer_norm,
-    linear,
-    sampling_pool,
-)
+from okavango.models.elastic import add_residual, kept_blocks, layer_norm, linear, sampling_pool
+from okavango.models.elastic_vit import ElasticViT, LayerScale, interpolate_positions
 from okavango.models.features import Subnet
 from okavango.zoo.loading import CheckpointError, load_weights
 

@@ -8,7 +8,7 @@ ResNet-50 and ResNet-152 are subnets of it. `ElasticResNet.extract` folds all of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
-from okavango.models.elastic import FitBudget, image_preprocess, kept_blocks
+from okavango.models.elastic import Supernet, default_preprocess, kept_blocks
 from okavango.models.features import Features, Layer, Subnet
 
 if TYPE_CHECKING:
@@ -27,23 +27,6 @@ if TYPE_CHECKING:
 
 STRIDES = (4, 8, 16, 32)  # input pixels per cell of each stage
 STAGES = len(STRIDES)
-
-
-def sampling_pool(widths: Sequence[int], depths: Sequence[tuple[int, ...]], scale: float = 2.0) -> tuple[Subnet, ...]:
-    """The multiset that elastic students are drawn from; the last entry is the intact network.
-
-    Depths are ordered by the number of blocks; the shallowest gets `scale` times the weight of the deepest, rounded half to even.
-    All widths count the same.
-
-    Args:
-        widths: ascending; depths: blocks per stage, in lexicographic order.
-    """
-    ordered = sorted(depths, key=sum)  # stable: equal numbers of blocks stay in lexicographic order
-    pool = []
-    for width in widths:
-        for depth, weight in zip(ordered, np.linspace(scale, 1, len(ordered)), strict=True):
-            pool += [Subnet(width, depth)] * int(np.round(weight))
-    return tuple(pool)
 
 
 def convolve(x: Tensor, conv: nn.Conv2d, out: int) -> Tensor:
@@ -100,22 +83,17 @@ def rows(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-class _Maps(Backbone):
-    """What the elastic and the extracted network share: four maps in, `Features` out."""
-
-    token_scale: int
-
-    def _features(self, maps: Sequence[Tensor], layers: dict[int, Tensor]) -> Features:
-        last = maps[-1]
-        cells = last if self.token_scale == 1 else F.interpolate(last, scale_factor=self.token_scale, mode="nearest")
-        return Features(
-            pooled=last.mean((2, 3)),
-            tokens={"image": rows(cells)},
-            grid={"image": (cells.shape[2], cells.shape[3])},
-            layers={i: Layer(None, {"image": rows(y)}, {"image": (y.shape[2], y.shape[3])}) for i, y in layers.items()},
-            maps=tuple(maps),
-            strides=STRIDES,
-        )
+def _features(maps: Sequence[Tensor], layers: Mapping[int, Tensor]) -> Features:
+    """Maps of the four stages, and outputs of blocks, as features."""
+    last = maps[-1]
+    return Features(
+        pooled=last.mean((2, 3)),
+        tokens={"image": rows(last)},
+        grid={"image": (last.shape[2], last.shape[3])},
+        layers={i: Layer(None, {"image": rows(y)}, {"image": (y.shape[2], y.shape[3])}) for i, y in layers.items()},
+        maps=tuple(maps),
+        strides=STRIDES,
+    )
 
 
 def _info(depths: Sequence[int], out_channels: int) -> FeatureInfo:
@@ -129,11 +107,10 @@ def _info(depths: Sequence[int], out_channels: int) -> FeatureInfo:
     )
 
 
-class ElasticResNet(_Maps, FitBudget):
+class ElasticResNet(Supernet):
     """Bottleneck ResNet with group norm whose inner width and whose depth per stage are chosen per call.
 
-    `Features.pooled` is the mean of the last stage's map, `maps` are the four stages; there is no final norm. `tokens`, for losses
-    on patches, are the last map with each cell repeated `token_scale` times along both sides: 14 x 14 of them for 224 pixels.
+    `Features.maps` are the four stages, `tokens` are the last of them and `pooled` is their mean; there is no final norm.
 
     Args:
         image_size: side of the square training image in pixels.
@@ -143,12 +120,13 @@ class ElasticResNet(_Maps, FitBudget):
         out_channels: channels after the first stage; each further stage has twice as many.
         groups: of all norms; divides all numbers of channels.
         channels: channels of the image.
-        token_scale: tokens per cell of the last stage along a side, 1, 2, 4 or 8.
+        mask_stride: pixels per cell of `token_mask`, a multiple of 4.
 
     Raises:
         ValueError: sizes that do not fit each other.
     """
 
+    depths: tuple[tuple[int, ...], ...]
     optional_parameters = ("mask_token",)  # has no gradient until tokens are masked
 
     def __init__(
@@ -164,7 +142,7 @@ class ElasticResNet(_Maps, FitBudget):
         out_channels: int = 256,
         groups: int = 32,
         channels: int = 3,
-        token_scale: int = 2,
+        mask_stride: int = 16,
     ):
         super().__init__()
         if not 1 <= min_width <= max_width or width_step < 1 or (max_width - min_width) % width_step:
@@ -181,8 +159,8 @@ class ElasticResNet(_Maps, FitBudget):
             raise ValueError(f"depths {min_depths}..{max_depths}: expected one number for each of {STAGES} stages")
         if any(not 1 <= low <= high for low, high in zip(min_depths, max_depths, strict=True)):
             raise ValueError(f"depths {min_depths}..{max_depths}: expected 1 <= min_depths <= max_depths")
-        if image_size < 1 or token_scale not in (1, 2, 4, 8):
-            raise ValueError(f"image_size {image_size}, token_scale {token_scale}: expected at least 1, and one of 1, 2, 4, 8")
+        if mask_stride < STRIDES[0] or mask_stride % STRIDES[0]:
+            raise ValueError(f"mask_stride {mask_stride}: must be a multiple of {STRIDES[0]}, the stride of the stem")
         self.architecture = "elastic_resnet"
         self.arguments = {
             "image_size": image_size,
@@ -195,11 +173,12 @@ class ElasticResNet(_Maps, FitBudget):
             "out_channels": out_channels,
             "groups": groups,
             "channels": channels,
-            "token_scale": token_scale,
+            "mask_stride": mask_stride,
         }
-        self.depths = tuple(tuple(range(low, high + 1)) for low, high in zip(min_depths, max_depths, strict=True))
-        self.token_scale = token_scale
-        self.preprocess = image_preprocess(image_size, channels)
+        ranges = [range(low, high + 1) for low, high in zip(min_depths, max_depths, strict=True)]
+        self.depths = tuple(product(*ranges))
+        self.mask_stride = mask_stride
+        self.preprocess = default_preprocess(image_size, channels)
         self.feature_info = _info(max_depths, out_channels)
 
         self.conv1 = nn.Conv2d(channels, stem_channels, 7, 2, 3, bias=False)
@@ -216,33 +195,18 @@ class ElasticResNet(_Maps, FitBudget):
 
     # -- subnets ------------------------------------------------------------------------------------------------------
 
-    @property
-    def intact(self) -> Subnet:
-        """The full network."""
-        return Subnet(self.widths[-1], tuple(stage[-1] for stage in self.depths))
-
-    def list_subnets(self) -> list[Subnet]:
-        """All subnets, by width, then depth of the first stage, of the second, and so on."""
-        return [Subnet(width, depths) for width in self.widths for depths in product(*self.depths)]
-
     def sampling_pool(self, scale: float = 2.0) -> tuple[Subnet, ...]:
-        """The multiset that training draws from; see the function of the same name."""
-        return sampling_pool(self.widths, list(product(*self.depths)), scale)
+        """The multiset that training draws from; the last entry is the intact network.
 
-    def check_subnet(self, subnet: Subnet | None) -> Subnet:
-        """The subnet itself, or the intact one for None.
-
-        Raises:
-            ValueError: not on the grid of widths and depths.
+        Depths are ordered by the number of blocks; the shallowest has `scale` times the weight of the deepest, and multiplicities are
+        rounded half to even. All widths count the same.
         """
-        if subnet is None:
-            return self.intact
-        depths = subnet.depth if isinstance(subnet.depth, tuple) else ()
-        known = len(depths) == STAGES and all(depth in stage for depth, stage in zip(depths, self.depths, strict=True))
-        if subnet.width not in self.widths or not known:
-            ranges = ", ".join(str(stage[0]) if len(stage) == 1 else f"{stage[0]}..{stage[-1]}" for stage in self.depths)
-            raise ValueError(f"subnet {subnet}: widths are {', '.join(map(str, self.widths))} and depths of the stages {ranges}")
-        return subnet
+        ordered = sorted(self.depths, key=sum)  # stable: equal numbers of blocks stay in lexicographic order
+        pool = []
+        for width in self.widths:
+            for depth, weight in zip(ordered, np.linspace(scale, 1, len(ordered)), strict=True):
+                pool += [Subnet(width, depth)] * int(np.round(weight))
+        return tuple(pool)
 
     def _sizes(self, subnet: Subnet | None) -> tuple[int, tuple[int, ...]]:
         """Width and depths of a subnet, checked."""
@@ -273,17 +237,22 @@ class ElasticResNet(_Maps, FitBudget):
         x = F.max_pool2d(F.relu(self.norm1(self.conv1(images))), 3, 2, 1)
         if mask is None:
             return x
-        rows, columns = (-(-side // STRIDES[-1]) * self.token_scale for side in images.shape[-2:])
-        if mask.shape[-1] != rows * columns:
-            raise ValueError(f"token_mask of {mask.shape[-1]} cells: this image has {rows} x {columns} tokens")
-        cells = F.interpolate(mask.view(-1, 1, rows, columns).float(), x.shape[-2:], mode="nearest")
-        return torch.where(cells > 0, self.mask_token.to(x.dtype), x)
+        height, width = images.shape[-2:]
+        if height % self.mask_stride or width % self.mask_stride:
+            step = self.mask_stride
+            raise ValueError(
+                f"image of {height}x{width} pixels: with a mask both sides must be multiples of the mask stride {step}"
+            )
+        mask = mask.unflatten(1, (height // self.mask_stride, width // self.mask_stride))
+        times = self.mask_stride // STRIDES[0]
+        mask = mask.repeat_interleave(times, 1).repeat_interleave(times, 2)
+        return torch.where(mask[:, None], self.mask_token.to(x.dtype), x)
 
     def forward(self, inputs, *, present=None, token_mask=None, subnet=None, layers=()) -> Features:
         """Image (B, C, H, W) of any size -> features of the subnet.
 
-        `token_mask["image"]`: bool (B, N), True where the mask token replaces the stem's output. Layer i is the i-th active block,
-        counted over all stages.
+        `token_mask["image"]`: bool (B, N), N cells of `mask_stride` pixels, True where the mask token replaces the stem's output;
+        both sides of the image are multiples of `mask_stride` then. Layer i is the i-th active block of all stages.
         """
         width, depths = self._sizes(subnet)
         mask = None if token_mask is None else token_mask.get("image")
@@ -299,11 +268,11 @@ class ElasticResNet(_Maps, FitBudget):
                 kept[number] = x
             if position == depths[stage] - 1:
                 maps.append(x)
-        return self._features(maps, kept)
+        return _features(maps, kept)
 
     def layer_ids(self) -> dict[str, int]:
         """See `Backbone.layer_ids`; blocks are counted over all stages, and no parameter stands after the last one."""
-        return _layer_ids(self, "", [stage[-1] for stage in self.depths])
+        return _layer_ids(self, "", self.arguments["max_depths"])
 
     # -- stand-alone models ---------------------------------------------------------------------------------------------
 
@@ -338,7 +307,7 @@ class ElasticResNet(_Maps, FitBudget):
         model = resnet(
             width=width,
             depths=depths,
-            **{key: arguments[key] for key in ("image_size", "stem_channels", "out_channels", "groups", "channels", "token_scale")},
+            **{key: arguments[key] for key in ("image_size", "stem_channels", "out_channels", "groups", "channels")},
         )
         model.trunk.load_state_dict({name: tensor.detach().clone() for name, tensor in tensors.items()})
         model.preprocess = self.preprocess
@@ -355,18 +324,18 @@ def _layer_ids(model: nn.Module, prefix: str, depths: Sequence[int]) -> dict[str
     return ids
 
 
-class ResNet(_Maps):
+class ResNet(Backbone):
     """timm's ResNet as a backbone (`trunk`): what `ElasticResNet.extract` returns.
 
-    timm's constructor has a stem of 64 channels; where it shall be another, stem and first block are replaced afterwards, so such a
-    trunk cannot be named in `timm.create_model`. `Features.tokens` (repeated cells) and the pooling are made here.
+    timm has no mask token. Its constructor makes a stem of 64 channels; where that shall be another number, stem and first block
+    are replaced afterwards.
     """
 
     def __init__(self, trunk: TimmResNet, *, arguments: dict):
         super().__init__()
         self.architecture, self.arguments = "resnet", arguments
-        self.trunk, self.token_scale = trunk, arguments["token_scale"]
-        self.preprocess = image_preprocess(arguments["image_size"], arguments["channels"])
+        self.trunk = trunk
+        self.preprocess = default_preprocess(arguments["image_size"], arguments["channels"])
         self.feature_info = _info(arguments["depths"], arguments["out_channels"])
 
     def forward(self, inputs, *, present=None, token_mask=None, subnet=None, layers=()) -> Features:
@@ -386,7 +355,7 @@ class ResNet(_Maps):
                     kept[number] = x
                 number += 1
             maps.append(x)
-        return self._features(maps, kept)
+        return _features(maps, kept)
 
     def layer_ids(self) -> dict[str, int]:
         """See `Backbone.layer_ids`; blocks are counted over all stages, and no parameter stands after the last one."""
@@ -403,7 +372,6 @@ def resnet(
     out_channels: int = 256,
     groups: int = 32,
     channels: int = 3,
-    token_scale: int = 2,
 ) -> ResNet:
     """A plain ResNet with group norm and the layout of an extracted subnet (timm's class inside); by default a ResNet-50."""
     from timm.models import resnet as module
@@ -439,7 +407,6 @@ def resnet(
         "out_channels": out_channels,
         "groups": groups,
         "channels": channels,
-        "token_scale": token_scale,
     }
     return ResNet(trunk, arguments=arguments)
 

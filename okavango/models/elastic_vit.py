@@ -7,81 +7,22 @@ scaled by full width / active width (Eq. 2 and 3 of the paper). `ElasticViT.extr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
-from okavango.models.elastic import FitBudget, image_preprocess, kept_blocks
+from okavango.models.elastic import Mlp, Supernet, add_residual, default_preprocess, folded, kept_blocks, layer_norm, linear
 from okavango.models.features import Features, Layer, Subnet
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 NORM_EPS = 1e-6
-
-
-def sampling_pool(widths: Sequence[int], depths: Sequence[int], scale: float = 3.0) -> tuple[Subnet, ...]:
-    """The multiset that elastic students are drawn from, smallest first; the last entry is the intact network.
-
-    The smallest width and the smallest depth each get `scale` times the weight of the largest; multiplicities are rounded half
-    to even (POA, Eq. 14).
-    """
-    pool = []
-    for width, width_weight in zip(widths, np.linspace(scale, 1, len(widths)), strict=True):
-        for depth, depth_weight in zip(depths, np.linspace(scale, 1, len(depths)), strict=True):
-            pool += [Subnet(width, depth)] * int(np.round(width_weight * depth_weight))
-    return tuple(pool)
-
-
-def linear(x: Tensor, layer: nn.Linear, out: int, groups: int = 1) -> Tensor:
-    """A slice of a linear layer: the leading `x.shape[-1]` inputs and the leading `out` rows of each of `groups` equal row groups.
-
-    Args:
-        x: (..., inputs), inputs <= layer.in_features.
-    Returns:
-        (..., groups * out), scaled by in_features / inputs; the bias is not scaled.
-    """
-    inputs = x.shape[-1]
-    weight: Tensor = layer.weight
-    bias: Tensor = layer.bias
-    if groups == 1:
-        weight, bias = weight[:out, :inputs], bias[:out]
-    elif groups * out != layer.out_features or inputs != layer.in_features:
-        weight = weight.view(groups, -1, layer.in_features)[:, :out, :inputs].reshape(groups * out, inputs)
-        bias = bias.view(groups, -1)[:, :out].reshape(-1)
-    if inputs == layer.in_features:
-        return F.linear(x, weight, bias)
-    flat = torch.addmm(bias, x.reshape(-1, inputs), weight.t(), alpha=layer.in_features / inputs)
-    return flat.view(*x.shape[:-1], groups * out)
-
-
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Layer norm over the active channels with the leading weights."""
-    width = x.shape[-1]
-    return F.layer_norm(x, (width,), norm.weight[:width], norm.bias[:width], norm.eps)
-
-
-def add_residual(x: Tensor, branch: Callable[[Tensor], Tensor], rate: float) -> Tensor:
-    """x + branch(x) with stochastic depth.
-
-    Above a rate of 0.1 the branch runs on a random part of the batch only and its result is scaled up, as DINOv2 does; below,
-    it runs on all samples and some results are dropped.
-    """
-    if rate == 0:
-        return x + branch(x)
-    samples = len(x)
-    if rate > 0.1:
-        kept = max(1, int(samples * (1 - rate)))
-        chosen = torch.randperm(samples, device=x.device)[:kept]
-        return x.index_add(0, chosen, branch(x[chosen]).to(x.dtype), alpha=samples / kept)
-    keep = torch.rand((samples,) + (1,) * (x.ndim - 1), device=x.device, dtype=x.dtype) >= rate
-    return x + branch(x) * keep / (1 - rate)
 
 
 class LayerScale(nn.Module):
@@ -119,20 +60,6 @@ class Attention(nn.Module):
         """Attention probabilities (B, heads, N, N); only for looking at them."""
         query, key, _ = self.split(x)
         return (query @ key.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with GELU between; the hidden width follows the active width."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        width = x.shape[-1]
-        hidden = self.fc1.out_features * width // self.fc1.in_features
-        return linear(F.gelu(linear(x, self.fc1, hidden)), self.fc2, width)
 
 
 class Block(nn.Module):
@@ -218,7 +145,7 @@ class _Tokens(Backbone):
         )
 
 
-class ElasticViT(_Tokens, FitBudget):
+class ElasticViT(_Tokens, Supernet):
     """Vision transformer whose width and depth are chosen per call.
 
     Args:
@@ -286,9 +213,10 @@ class ElasticViT(_Tokens, FitBudget):
         self.widths = tuple(range(min_width, max_width + 1, width_step))
         self.depths = tuple(range(min_depth, max_depth + 1))
         self.head_dim, self.patch_size, self.position_offset = head_dim, patch_size, position_offset
+        self.mask_stride = patch_size
         side = image_size // patch_size
         self.native_grid = (side, side)
-        self.preprocess = image_preprocess(image_size, channels)
+        self.preprocess = default_preprocess(image_size, channels)
         self.feature_info = FeatureInfo(max_width, max_depth, (max_width,) * max_depth, (patch_size,) * max_depth, prefix=1)
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, max_width))
@@ -308,33 +236,6 @@ class ElasticViT(_Tokens, FitBudget):
         nn.init.normal_(self.cls_token, std=1e-6)
 
     # -- subnets ------------------------------------------------------------------------------------------------------
-
-    @property
-    def intact(self) -> Subnet:
-        """The full network."""
-        return Subnet(self.widths[-1], self.depths[-1])
-
-    def list_subnets(self) -> list[Subnet]:
-        """All subnets, by width, then depth."""
-        return [Subnet(width, depth) for width in self.widths for depth in self.depths]
-
-    def sampling_pool(self, scale: float = 3.0) -> tuple[Subnet, ...]:
-        """The multiset that training draws from; see the function of the same name."""
-        return sampling_pool(self.widths, self.depths, scale)
-
-    def check_subnet(self, subnet: Subnet | None) -> Subnet:
-        """The subnet itself, or the intact one for None.
-
-        Raises:
-            ValueError: not on the grid of widths and depths.
-        """
-        if subnet is None:
-            return self.intact
-        if subnet.width not in self.widths or subnet.depth not in self.depths:
-            raise ValueError(
-                f"subnet {subnet}: widths are {', '.join(map(str, self.widths))} and depths {self.depths[0]}..{self.depths[-1]}"
-            )
-        return subnet
 
     def _sizes(self, subnet: Subnet | None) -> tuple[int, int]:
         """Width and depth of a subnet, checked."""
@@ -430,11 +331,9 @@ class ElasticViT(_Tokens, FitBudget):
         own = self.state_dict()
 
         def narrow(name: str, out: int, groups: int = 1) -> dict[str, Tensor]:
-            weight, bias = own[f"{name}.weight"], own[f"{name}.bias"]
+            weight = own[f"{name}.weight"]
             inputs = width if weight.shape[1] == self.widths[-1] else hidden
-            scale = weight.shape[1] / inputs
-            weight = weight.view(groups, -1, weight.shape[1])[:, :out, :inputs].reshape(-1, inputs)
-            return {"weight": weight * scale, "bias": bias.view(groups, -1)[:, :out].reshape(-1)}
+            return folded(weight, own[f"{name}.bias"], inputs, out, groups)
 
         tensors = {key: own[key][..., :width] for key in ("cls_token", "pos_embed")}
         tensors |= {f"patch_embed.proj.{leaf}": own[f"patch_embed.proj.{leaf}"][:width] for leaf in ("weight", "bias")}
@@ -481,7 +380,7 @@ class ViT(_Tokens):
         self.native_grid = (arguments["image_size"] // self.patch_size,) * 2
         width, depth = arguments["width"], arguments["depth"]
         self.head_dim = arguments["head_dim"]
-        self.preprocess = image_preprocess(arguments["image_size"], arguments["channels"])
+        self.preprocess = default_preprocess(arguments["image_size"], arguments["channels"])
         self.feature_info = FeatureInfo(width, depth, (width,) * depth, (self.patch_size,) * depth, prefix=1)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -30,7 +30,7 @@ def build(config: dict) -> ElasticResNet:
         stem_channels=model["stem_channels"],
         out_channels=4 * model["base_channels"],
         groups=model["num_gn_groups"],
-        token_scale=model["ibot_scale_factor"],
+        mask_stride=32 // model["ibot_scale_factor"],
     )
 
 
@@ -53,6 +53,7 @@ def test_poa_resnet(recorded):
     assert len(pool) == enumeration["num_pool_entries"]
     assert [list(depth) for depth in dict.fromkeys(subnet.depth for subnet in pool)] == enumeration["depths"]
     active = json.loads((fixture.folder / "extracted_shapes.json").read_text())
+    times = config["model"]["ibot_scale_factor"]
     masks = fixture.input("masks").bool()
     for entry in config["nets"]:
         tag, subnet = entry["tag"], subnet_of(entry)
@@ -70,8 +71,9 @@ def test_poa_resnet(recorded):
                 features = net(image=images, token_mask=token_mask, subnet=subnet)
                 extracted = features if kind == "masked" else plain(image=images)
             fixture.compare(f"{tag}/{kind}/x_norm_clstoken", features.pooled, BACKBONE)
-            fixture.compare(f"{tag}/{kind}/x_norm_patchtokens", features.tokens["image"], BACKBONE)
-            fixture.compare(f"{tag}/{kind}/x_prenorm", rows(features.maps[-1]), BACKBONE)
+            repeated = features.maps[-1].repeat_interleave(times, 2).repeat_interleave(times, 3)
+            fixture.compare(f"{tag}/{kind}/x_norm_patchtokens", rows(repeated), BACKBONE)
+            fixture.compare(f"{tag}/{kind}/x_prenorm", features.tokens["image"], BACKBONE)
             assert torch.allclose(extracted.pooled, features.pooled, atol=1e-5)
             for ours, theirs in zip(extracted.maps, features.maps, strict=True):
                 assert torch.allclose(ours, theirs, atol=1e-5)
@@ -102,7 +104,7 @@ def test_poa_resnet_real_sizes(parity_root):
     assert pool[enumeration["intact_id"]] == net.intact == Subnet(widths[0], tuple(depths))
     for stage, by_depth in enumeration["block_idx"].items():
         for depth, blocks in by_depth.items():
-            assert list(kept_blocks(int(depth), net.depths[int(stage.removeprefix("stage")) - 1][-1])) == blocks
+            assert list(kept_blocks(int(depth), net.intact.depth[int(stage.removeprefix("stage")) - 1])) == blocks
     tensors = {f"backbone.{name}": p for name, p in net.named_parameters()} | {f"head.{n}": p for n, p in heads.named_parameters()}
     assert {name: list(tensor.shape) for name, tensor in to_official(tensors).items()} == official["keys"]
     assert sum(p.numel() for p in net.parameters()) == official["backbone_params"]
