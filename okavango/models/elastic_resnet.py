@@ -107,6 +107,22 @@ def _info(depths: Sequence[int], out_channels: int) -> FeatureInfo:
     )
 
 
+def check_sizes(groups: int, sizes: Sequence[int], depths: Sequence[int], out_channels: int) -> None:
+    """Refuse what neither an elastic nor a plain ResNet can have.
+
+    Args:
+        sizes: numbers of channels that are normed.
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    if groups < 1 or any(size < 1 or size % groups for size in sizes):
+        raise ValueError(f"groups {groups}: must divide stem_channels, out_channels and all widths, {', '.join(map(str, sizes))}")
+    if out_channels % 4:
+        raise ValueError(f"out_channels {out_channels}: must be a multiple of 4, a quarter being the usual inner width")
+    if len(depths) != STAGES or min(depths) < 1:
+        raise ValueError(f"depths {tuple(depths)}: expected at least one block in each of four stages")
+
+
 class ElasticResNet(Supernet):
     """Bottleneck ResNet with group norm whose inner width and whose depth per stage are chosen per call.
 
@@ -150,15 +166,10 @@ class ElasticResNet(Supernet):
                 f"widths {min_width}..{max_width} by {width_step}: expected 1 <= min_width <= max_width in whole steps"
             )
         self.widths = tuple(range(min_width, max_width + 1, width_step))
-        if out_channels % 4:
-            raise ValueError(f"out_channels {out_channels}: must be a multiple of 4, the usual inner width being a quarter of it")
-        if groups < 1 or any(value % groups for value in (stem_channels, out_channels, *self.widths)):
-            raise ValueError(f"groups {groups}: must divide stem_channels, out_channels and all widths")
         min_depths, max_depths = tuple(min_depths), tuple(max_depths)
-        if len(min_depths) != STAGES or len(max_depths) != STAGES:
-            raise ValueError(f"depths {min_depths}..{max_depths}: expected one number for each of {STAGES} stages")
-        if any(not 1 <= low <= high for low, high in zip(min_depths, max_depths, strict=True)):
-            raise ValueError(f"depths {min_depths}..{max_depths}: expected 1 <= min_depths <= max_depths")
+        check_sizes(groups, (stem_channels, out_channels, *self.widths), min_depths, out_channels)
+        if len(max_depths) != STAGES or any(low > high for low, high in zip(min_depths, max_depths, strict=True)):
+            raise ValueError(f"depths {min_depths}..{max_depths}: expected min_depths <= max_depths, for each of four stages")
         if mask_stride < STRIDES[0] or mask_stride % STRIDES[0]:
             raise ValueError(f"mask_stride {mask_stride}: must be a multiple of {STRIDES[0]}, the stride of the stem")
         self.architecture = "elastic_resnet"
@@ -198,7 +209,7 @@ class ElasticResNet(Supernet):
     def sampling_pool(self, scale: float = 2.0) -> tuple[Subnet, ...]:
         """The multiset that training draws from; the last entry is the intact network.
 
-        Depths are ordered by the number of blocks; the shallowest has `scale` times the weight of the deepest, and multiplicities are
+        Depths are ordered by the number of blocks; the shallowest has `scale` times the weight of the deepest, multiplicities are
         rounded half to even. All widths count the same.
         """
         ordered = sorted(self.depths, key=sum)  # stable: equal numbers of blocks stay in lexicographic order
@@ -214,18 +225,18 @@ class ElasticResNet(Supernet):
         assert isinstance(subnet.depth, tuple)
         return subnet.width, subnet.depth
 
-    def _blocks(self, depths: Sequence[int]) -> Iterator[tuple[int, int, int, Bottleneck]]:
-        """(stage from 0, position in the subnet's stage, index in the full stage, block) of each active block."""
+    def _blocks(self, depths: Sequence[int]) -> Iterator[tuple[int, int, Bottleneck]]:
+        """(stage, position in the subnet's stage, block) of each active block, both from 0."""
         for stage, depth in enumerate(depths):
             blocks: Any = self.get_submodule(f"layer{stage + 1}")
             for position, index in enumerate(kept_blocks(depth, len(blocks))):
-                yield stage, position, index, blocks[index]
+                yield stage, position, blocks[index]
 
     def count_parameters(self, subnet: Subnet | None = None) -> int:
         """Parameters of the stand-alone model of a subnet (the mask token is not one of them)."""
         width, depths = self._sizes(subnet)
         total = self.conv1.weight.numel() + 2 * self.norm1.num_channels
-        for stage, _, _, block in self._blocks(depths):
+        for stage, _, block in self._blocks(depths):
             inner, inputs, out = width << stage, block.conv1.in_channels, block.conv3.out_channels
             total += inputs * inner + 9 * inner * inner + inner * out + 4 * inner + 2 * out
             total += 0 if block.downsample is None else inputs * out + 2 * out
@@ -261,7 +272,7 @@ class ElasticResNet(Supernet):
         maps: list[Tensor] = []
         kept: dict[int, Tensor] = {}
         recompute = self.activation_checkpointing and self.training
-        for number, (stage, position, _, block) in enumerate(self._blocks(depths)):
+        for number, (stage, position, block) in enumerate(self._blocks(depths)):
             inner = width << stage
             x = checkpoint(block, x, inner, use_reentrant=False) if recompute else block(x, inner)
             if number in wanted:
@@ -293,7 +304,7 @@ class ElasticResNet(Supernet):
         width, depths = self._sizes(subnet)
         arguments = self.arguments
         tensors = {"conv1.weight": self.conv1.weight, "bn1.weight": self.norm1.weight, "bn1.bias": self.norm1.bias}
-        for stage, position, _, block in self._blocks(depths):
+        for stage, position, block in self._blocks(depths):
             name, inner = f"layer{stage + 1}.{position}", width << stage
             scale = block.conv2.in_channels / inner
             tensors[f"{name}.conv1.weight"] = block.conv1.weight[:inner]
@@ -373,14 +384,21 @@ def resnet(
     groups: int = 32,
     channels: int = 3,
 ) -> ResNet:
-    """A plain ResNet with group norm and the layout of an extracted subnet (timm's class inside); by default a ResNet-50."""
+    """A plain ResNet with group norm and the layout of an extracted subnet (timm's class inside); by default a ResNet-50.
+
+    Args:
+        width: channels inside the blocks of the first stage; depths: blocks of the four stages; others: see `ElasticResNet`.
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
     from timm.models import resnet as module
 
     timm_resnet: Any = module  # its annotations ask for classes where it takes functions too
 
     def norm(size: int, **_) -> nn.GroupNorm:
-        return nn.GroupNorm(groups, size)
+        return nn.GroupNorm(groups if size % groups == 0 else 1, size)  # 1 for timm's own stem only, which is replaced then
 
+    check_sizes(groups, (stem_channels, out_channels, width), depths, out_channels)
     depths, planes = tuple(depths), out_channels // timm_resnet.Bottleneck.expansion
     inside = dict(base_width=64 * (width + 0.01) / planes, norm_layer=norm)  # timm rounds planes * base_width / 64 down
     trunk = timm_resnet.ResNet(
