@@ -319,10 +319,10 @@ class ElasticResNet(Supernet):
             width=width,
             depths=depths,
             **{key: arguments[key] for key in ("image_size", "stem_channels", "out_channels", "groups", "channels")},
-        )
-        model.trunk.load_state_dict({name: tensor.detach().clone() for name, tensor in tensors.items()})
+        ).to(self.mask_token.device, self.mask_token.dtype)
+        model.trunk.load_state_dict(tensors)
         model.preprocess = self.preprocess
-        return model.to(self.mask_token.device, self.mask_token.dtype).eval()
+        return model.eval()
 
 
 def _layer_ids(model: nn.Module, prefix: str, depths: Sequence[int]) -> dict[str, int]:

@@ -486,10 +486,10 @@ class ElasticSwin(_Hierarchy, Supernet):
             head_dim=self.head_dim,
             channels=self.patch_embed.proj.in_channels,
             mlp_ratio=ratio,
-        )
-        model.load_state_dict({name: tensor.detach().clone() for name, tensor in tensors.items()})
+        ).to(self.mask_token.device, self.mask_token.dtype)
+        model.load_state_dict(tensors)
         model.preprocess = self.preprocess
-        return model.to(self.mask_token.device, self.mask_token.dtype).eval()
+        return model.eval()
 
 
 class Swin(_Hierarchy):

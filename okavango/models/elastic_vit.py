@@ -360,10 +360,10 @@ class ElasticViT(_Tokens, Supernet):
             mlp_ratio=hidden / width,
             layer_scale=self.arguments["layer_scale"],
             position_offset=self.position_offset,
-        )
-        model.trunk.load_state_dict({name: tensor.detach().clone() for name, tensor in tensors.items()})
+        ).to(self.pos_embed.device, self.pos_embed.dtype)
+        model.trunk.load_state_dict(tensors)
         model.preprocess = self.preprocess
-        return model.to(self.pos_embed.device, self.pos_embed.dtype).eval()
+        return model.eval()
 
 
 class ViT(_Tokens):
