@@ -287,6 +287,7 @@ class ElasticResNet(Supernet):
 
     # -- stand-alone models ---------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def extract(self, subnet: Subnet) -> ResNet:
         """Cut a stand-alone model out of this one; the weights are copied, the width scale is folded in.
 

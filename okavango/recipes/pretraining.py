@@ -170,7 +170,8 @@ def poa_swin_tiny() -> PretrainRecipe:
 def poa_resnet_152() -> PretrainRecipe:
     """The published run on ResNet: ResNet-50 to a wide ResNet-152 from one supernet, batch 1280, 692,000 steps.
 
-    Small subnets are drawn as the released code draws them, 2 instead of the paper's 3 (see `POASettings.sampling_scale`).
+    Small subnets are drawn as the released code draws them, 2 instead of the paper's 3 (see `POASettings.sampling_scale`). The
+    paper reports that the intact network alone, `--objective.no-elastic`, diverges.
     """
     epoch = 1 / 692
     return PretrainRecipe(
