@@ -11,7 +11,8 @@ from okavango.models.backbone import create_model
 from okavango.models.elastic import kept_blocks
 from okavango.models.elastic_resnet import ElasticResNet, rows
 from okavango.models.features import Subnet
-from okavango.pretrain.objectives.distillation import ProjectionHeads
+from okavango.pretrain.objectives.poa import POA
+from okavango.pretrain.settings import POASettings
 from okavango.zoo.poa import from_official, to_official
 
 BACKBONE = 1e-4
@@ -93,7 +94,7 @@ def test_poa_resnet_real_sizes(parity_root):
     table = json.loads((root / "param_groups.json").read_text())["resnet"]
     with torch.device("meta"):
         net = create_model("elastic_resnet_152")
-        heads = ProjectionHeads(net.feature_info.channels, 2048, 256, (8192, 16384, 32768, 65536))
+        objective = POA(net, POASettings(layer_decay=table["layerwise_decay"]), steps=692)
     pool = net.sampling_pool()
     assert len(pool) == enumeration["pool_entries"] and len(net.list_subnets()) == enumeration["distinct"]
     assert [[width << stage for stage in range(4)] for width in net.widths] == enumeration["widths"]
@@ -105,15 +106,13 @@ def test_poa_resnet_real_sizes(parity_root):
     for stage, by_depth in enumeration["block_idx"].items():
         for depth, blocks in by_depth.items():
             assert list(kept_blocks(int(depth), net.intact.depth[int(stage.removeprefix("stage")) - 1])) == blocks
-    tensors = {f"backbone.{name}": p for name, p in net.named_parameters()} | {f"head.{n}": p for n, p in heads.named_parameters()}
-    assert {name: list(tensor.shape) for name, tensor in to_official(tensors).items()} == official["keys"]
+    shapes = {name: list(tensor.shape) for name, tensor in to_official(objective.teacher.state_dict()).items()}
+    assert shapes == official["keys"]
     assert sum(p.numel() for p in net.parameters()) == official["backbone_params"]
-    # No parameter stands after the last block, so that block has the factor 1.
-    ids, last = net.layer_ids(), net.feature_info.layers
-    assert ids.keys() == dict(net.named_parameters()).keys() and max(ids.values()) == last
-    for name in tensors:
-        lr = table["layerwise_decay"] ** (last - ids[name.removeprefix("backbone.")]) if name.startswith("backbone.") else 1.0
-        wd = 0.0 if name.endswith("bias") or "norm" in name else 1.0
-        (key,) = to_official({name: tensors[name]})
-        assert [lr, wd, ".last_" in name] == pytest.approx(table["params"].pop(key), rel=1e-9), name
-    assert not table["params"]
+    ours = {}
+    for group in objective.param_groups():
+        for name in to_official({name: torch.tensor(0) for name, _ in group["params"]}):
+            ours[name.removeprefix("student.")] = [group["lr_mult"], group["wd_mult"], group["start_step"] > 0]
+    assert ours.keys() == table["params"].keys()
+    for name, row in table["params"].items():
+        assert ours[name] == pytest.approx(row, rel=1e-9), name
