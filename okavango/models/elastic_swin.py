@@ -111,22 +111,22 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, round(width * mlp_ratio))
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, visible: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))  # zeros, which are looked at like other cells
         rows, columns = x.shape[1:3]
-        visible = None
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
-            visible = same_part(rows, columns, self.window, x.device)
-        x = join_windows(self.attn(split_windows(x, self.window), visible), self.window, rows, columns)
+        x = self.attn(split_windows(x, self.window), visible if self.shift else None)
+        x = join_windows(x, self.window, rows, columns)
         if self.shift:
             x = x.roll((self.shift, self.shift), (1, 2))
         return x[:, :height, :width]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """`visible`: what `same_part` says of the padded map; only shifted windows look at it."""
         rate = self.drop_path if self.training else 0.0
-        x = add_residual(x, lambda y: self._attend(layer_norm(y, self.norm1)), rate, part_above=1.0)
+        x = add_residual(x, lambda y: self._attend(layer_norm(y, self.norm1), visible), rate, part_above=1.0)
         return add_residual(x, lambda y: self.mlp(layer_norm(y, self.norm2)), rate, part_above=1.0)
 
 
@@ -228,9 +228,14 @@ class _Hierarchy(Backbone):
         position = 0
         for number, indices in enumerate(kept):
             stage = cast(Stage, self.stages[number])
+            rows, columns = (-(-side // self.window) * self.window for side in x.shape[1:3])
+            visible = same_part(rows, columns, self.window, x.device)  # once for all blocks of the stage
             for index in indices:
                 block = stage.blocks[index]
-                x = checkpoint(block, x, use_reentrant=False) if self.activation_checkpointing and self.training else block(x)
+                if self.activation_checkpointing and self.training:
+                    x = cast(Tensor, checkpoint(block, x, visible, use_reentrant=False))
+                else:
+                    x = block(x, visible)
                 if position in wanted:
                     outputs[position] = Layer(None, {"image": x.flatten(1, 2)}, {"image": tuple(x.shape[1:3])})
                 position += 1

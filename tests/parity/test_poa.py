@@ -25,7 +25,7 @@ from okavango.pretrain.objectives.distillation import (
 from okavango.pretrain.objectives.poa import POA
 from okavango.pretrain.optim import Cosine, Optimiser, clip_gradients
 from okavango.pretrain.settings import Optim, POASettings
-from okavango.zoo.poa import from_official, to_official
+from okavango.zoo.poa import from_official, read_official, to_official
 
 BACKBONE, LOSS, HEAD = 1e-4, 1e-5, 1e-6
 
@@ -176,6 +176,29 @@ def test_poa_swin_extraction_matches_official_script(recorded):
         theirs = {name.removeprefix("backbone."): shape for name, shape in shapes[entry["tag"]].items()}
         for name, tensor in ours.items():
             assert name.startswith("patch_embed.") or list(tensor.shape) == theirs[name], name
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_poa_checkpoints_are_read(recorded, tmp_path, family):
+    """A pickle as the published program writes it -> the network that the configuration describes."""
+    fixture = recorded("poa", f"{family}/io")
+    fixture.left_out.update(dict.fromkeys(fixture.tensors, "input"))
+    config, weights = fixture.config()["model"], fixture.weights()
+    teacher = {f"backbone.{name}": tensor for name, tensor in weights.items()} | {"dino_head.mlp0.2.bias": torch.zeros(3)}
+    torch.save({"teacher": teacher}, tmp_path / "teacher.pth")
+    model, left = read_official(
+        tmp_path / "teacher.pth",
+        image_size=config["img_size"],
+        patch_size=config["patch_size"],
+        head_dim=config["head_dim"],
+        min_width=config["min_embed_dim"],
+        min_depth=config["min_s3_depth" if family == "swin" else "min_depth"],
+    )
+    expected = build(config, config["img_size"])
+    expected.load_state_dict(from_official(weights))
+    assert left == ["dino_head.mlp0.2.bias"] and not model.training
+    assert model.arguments == expected.arguments and model.list_subnets() == expected.list_subnets()
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_poa_heads(recorded):
