@@ -128,8 +128,9 @@ def read_official(
         model = _resnet(backbone, image_size, min_width, min_depth)
     else:
         raise ValueError(
-            f"{path}: no teacher of the published POA code (keys like backbone.blocks.0.attn.qkv.linear.weight, "
-            "backbone.stages.0.blocks.0.attn.w_msa.qkv.linear.weight or backbone.layer1.layers.0.conv1.conv.weight)"
+            f"{path}: no ViT, Swin or ResNet teacher of the published POA code (keys like "
+            "backbone.blocks.0.attn.qkv.linear.weight, backbone.stages.0.blocks.0.attn.w_msa.qkv.linear.weight or "
+            "backbone.layer1.layers.0.conv1.conv.weight)"
         )
     load_weights(model, from_official(backbone))
     return model.eval(), sorted(name for name in tensors if name.startswith("dino_head."))
