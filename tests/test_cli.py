@@ -363,7 +363,7 @@ MISTAKES = {
     "zoo export weightless --out x.onnx": "the file is missing",
     "zoo convert nowhere.pth --out out": "no such file",
     "zoo convert texts/a.txt --out out": "not a file of weights",
-    "zoo convert golden/model.safetensors --out out": "no ViT or Swin teacher",
+    "zoo convert golden/model.safetensors --out out": "no ViT, Swin or ResNet teacher",
     "zoo push nowhere org/name": "no such folder",
     "zoo push weightless org/name": "the file is missing",
     "zoo push golden name": "org/name",

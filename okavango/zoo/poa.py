@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from okavango.models.elastic import Supernet
+from okavango.models.elastic_resnet import ElasticResNet
 from okavango.models.elastic_swin import ElasticSwin
 from okavango.models.elastic_vit import ElasticViT
 from okavango.zoo.loading import load_weights
 
-_BACKBONE = (  # the keys of ViT and Swin have no pattern in common, so one table serves both
+_BACKBONE = (  # the keys of the families have no pattern in common, so one table serves all
     (r"(blocks\.\d+\.norm[12])\.norm\.", r"\1."),
     (r"(blocks\.\d+\.(?:attn|mlp)\.\w+)\.linear\.", r"\1."),
     (r"^norm\.norm\.", "norm."),
@@ -26,6 +28,8 @@ _BACKBONE = (  # the keys of ViT and Swin have no pattern in common, so one tabl
     (r"(downsample\.reduction)\.linear\.", r"\1."),
     (r"(patch_embed\.norm)\.norm\.", r"\1."),
     (r"^norm(\d)\.norm\.", r"norms.\1."),
+    (r"^(layer\d\.)layers\.(\d+\.conv\d\.)conv\.", r"\1\2"),
+    (r"^(layer\d\.)layers\.", r"\1"),
 )
 _VIT_BACK = (
     (r"(blocks\.\d+\.norm[12])\.", r"\1.norm."),
@@ -41,6 +45,10 @@ _SWIN_BACK = (
     (r"(downsample\.reduction)\.", r"\1.linear."),
     (r"(patch_embed\.norm)\.", r"\1.norm."),
     (r"^norms\.(\d)\.", r"norm\1.norm."),
+)
+_RESNET_BACK = (
+    (r"^(layer\d\.)(\d+\.conv\d\.)", r"\1layers.\2conv."),
+    (r"^(layer\d\.)(\d+\.)", r"\1layers.\2"),
 )
 _HEAD = (
     (r"^mlp(\d+)\.0\.linear\.", r"\1.fc1."),
@@ -65,15 +73,14 @@ def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def from_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official keys of ViT, Swin and heads -> ours; prefixes such as ``student.`` stay, ``dino_head`` becomes ``head``."""
+    """Official keys of backbones and heads -> ours; prefixes such as ``student.`` stay, ``dino_head`` becomes ``head``."""
     return {_convert(name, _BACKBONE, _HEAD, "dino_head.", "head."): tensor for name, tensor in tensors.items()}
 
 
 def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `from_official`."""
-    return {
-        _convert(name, (*_SWIN_BACK, *_VIT_BACK), _HEAD_BACK, "head.", "dino_head."): tensor for name, tensor in tensors.items()
-    }
+    backbone = (*_SWIN_BACK, *_VIT_BACK, *_RESNET_BACK)
+    return {_convert(name, backbone, _HEAD_BACK, "head.", "dino_head."): tensor for name, tensor in tensors.items()}
 
 
 def _convert(name: str, backbone, head, head_old: str, head_new: str) -> str:
@@ -88,19 +95,19 @@ def _convert(name: str, backbone, head, head_old: str, head_new: str) -> str:
 
 def read_official(
     path: Path, *, image_size: int = 224, patch_size: int = 16, head_dim: int = 64, min_width: int = 0, min_depth: int = 0
-) -> tuple[ElasticViT | ElasticSwin, list[str]]:
-    """Build the supernet that an official teacher checkpoint, of a ViT or of a Swin, holds.
+) -> tuple[Supernet, list[str]]:
+    """Build the supernet that an official teacher checkpoint, of a ViT, a Swin or a ResNet, holds.
 
     Args:
         path: ``.safetensors``, or a pickle ``{"teacher": {...}}``, which is read with `weights_only`.
         image_size: side of the training image, since the weights do not tell it.
-        patch_size, head_dim: of a ViT; the weights of a Swin tell its own.
+        patch_size, head_dim: of a ViT; the weights of the others tell what they need.
         min_width, min_depth: least width and depth of its subnets; 0 takes the published share of the full ones: 3/8 and 1/2 for
-            ViT, 3/4 and, in the third stage, 1/3 for Swin.
+            ViT, 3/4 and, in the third stage, 1/3 for Swin, 1/2 and 1/6 for ResNet.
     Returns:
         The model, and the names of tensors that do not belong to it (the projection heads).
     Raises:
-        ValueError: not a ViT or Swin checkpoint of the published code.
+        ValueError: not a checkpoint of the published code.
     """
     path = Path(path)
     if not path.is_file():
@@ -117,18 +124,19 @@ def read_official(
         model = _vit(backbone, image_size, patch_size, head_dim, min_width, min_depth)
     elif "stages.0.blocks.0.attn.w_msa.qkv.linear.weight" in backbone:
         model = _swin(backbone, image_size, min_width, min_depth)
+    elif "layer1.layers.0.conv1.conv.weight" in backbone:
+        model = _resnet(backbone, image_size, min_width, min_depth)
     else:
         raise ValueError(
-            f"{path}: no ViT or Swin teacher of the published POA code (keys like backbone.blocks.0.attn.qkv.linear.weight or "
-            "backbone.stages.0.blocks.0.attn.w_msa.qkv.linear.weight)"
+            f"{path}: no ViT, Swin or ResNet teacher of the published POA code (keys like "
+            "backbone.blocks.0.attn.qkv.linear.weight, backbone.stages.0.blocks.0.attn.w_msa.qkv.linear.weight or "
+            "backbone.layer1.layers.0.conv1.conv.weight)"
         )
     load_weights(model, from_official(backbone))
     return model.eval(), sorted(name for name in tensors if name.startswith("dino_head."))
 
 
-def _vit(
-    backbone: dict[str, Tensor], image_size: int, patch_size: int, head_dim: int, min_width: int, min_depth: int
-) -> ElasticViT | ElasticSwin:
+def _vit(backbone: dict[str, Tensor], image_size: int, patch_size: int, head_dim: int, min_width: int, min_depth: int) -> Supernet:
     width = backbone["pos_embed"].shape[-1]
     depth = 1 + max(int(name.split(".")[1]) for name in backbone if name.startswith("blocks."))
     return ElasticViT(
@@ -144,7 +152,7 @@ def _vit(
     )
 
 
-def _swin(backbone: dict[str, Tensor], image_size: int, min_width: int, min_depth: int) -> ElasticViT | ElasticSwin:
+def _swin(backbone: dict[str, Tensor], image_size: int, min_width: int, min_depth: int) -> Supernet:
     width, channels, patch_size, _ = backbone["patch_embed.proj.weight"].shape
     places = {tuple(map(int, re.findall(r"\d+", name)[:2])) for name in backbone if re.match(r"stages\.\d+\.blocks", name)}
     depths = [sum(stage == number for stage, _ in places) for number in range(4)]
@@ -162,4 +170,25 @@ def _swin(backbone: dict[str, Tensor], image_size: int, min_width: int, min_dept
         head_dim=head_dim,
         channels=channels,
         mask_stride=4 * patch_size,
+    )
+
+
+def _resnet(backbone: dict[str, Tensor], image_size: int, min_width: int, min_depth: int) -> Supernet:
+    stem_channels, channels, *_ = backbone["conv1.weight"].shape
+    width, out_channels = (backbone[f"layer1.layers.0.conv{number}.conv.weight"].shape[0] for number in (1, 3))
+    first, second, third, fourth = (
+        sum(re.fullmatch(rf"layer{stage}\.layers\.\d+\.norm1\.weight", name) is not None for name in backbone)
+        for stage in (1, 2, 3, 4)
+    )
+    return ElasticResNet(
+        image_size=image_size,
+        min_width=min_width or width // 2,
+        max_width=width,
+        width_step=32,  # as the number of groups, which the weights do not tell either
+        min_depths=(first, max(1, second // 2), min_depth or max(1, third // 6), fourth),
+        max_depths=(first, second, third, fourth),
+        stem_channels=stem_channels,
+        out_channels=out_channels,
+        groups=32,
+        channels=channels,
     )

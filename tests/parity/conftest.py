@@ -47,6 +47,12 @@ class Fixture:
 
 
 @pytest.fixture(scope="session")
+def parity_root():
+    """The folder with a folder per family, for tables that are not tensors."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
 def report():
     entries: dict = {}
     yield entries

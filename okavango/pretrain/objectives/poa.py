@@ -283,13 +283,14 @@ class POA(nn.Module):
         scale, prototypes frozen at first.
         """
         backbone, settings = self._backbone, self.settings
-        ids, last = backbone.layer_ids(), backbone.feature_info.layers + 1
+        ids, after = backbone.layer_ids(), backbone.feature_info.layers + 1
+        last = max(ids.get(name, after) for name, _ in backbone.named_parameters())  # a ResNet has nothing after its blocks
         groups: dict[tuple, list] = {}
         for name, parameter in self.student.named_parameters():
             if not parameter.requires_grad:
                 continue
             inner = name.removeprefix("backbone.")
-            lr = settings.layer_decay ** (last - ids.get(inner, last)) if name != inner else 1.0
+            lr = settings.layer_decay ** (last - ids.get(inner, after)) if name != inner else 1.0
             if "patch_embed" in name:
                 lr *= settings.patch_embed_lr
             wd = 0.0 if name.endswith("bias") or "norm" in name or "gamma" in name else 1.0
