@@ -212,14 +212,14 @@ def zoo_export(checkpoint: Positional[str], out: Path, subnet: str = "") -> None
 
 
 def zoo_convert(weights: Positional[Path], out: Path, image_size: int = 224, patch_size: int = 16, head_dim: int = 64) -> None:
-    """Turn a teacher checkpoint of the published POA code (ViT) into a zoo checkpoint.
+    """Turn a teacher checkpoint of the published POA code (ViT, Swin or ResNet) into a zoo checkpoint.
 
     Args:
         weights: .safetensors or .pth file; a pickle is read with weights_only.
         out: folder to write.
         image_size: side of the training image.
-        patch_size: side of a patch.
-        head_dim: channels per head.
+        patch_size: side of a patch of a ViT; the others' weights tell what they need.
+        head_dim: channels per head of a ViT; the others' weights tell what they need.
     """
     from okavango.zoo.checkpoint import save_checkpoint
     from okavango.zoo.poa import read_official

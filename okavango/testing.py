@@ -248,7 +248,7 @@ def check_subnets(model: Backbone, inputs: Mapping[str, Any]) -> None:
     """The smallest, the largest and a random subnet run; each equals the stand-alone model that `extract` cuts out."""
     who = type(model).__name__
     if not isinstance(model, Elastic):
-        raise AssertionError(f"{who}: an elastic backbone has list_subnets, check_subnet and extract")
+        raise AssertionError(f"{who}: an elastic backbone has list_subnets, check_subnet, sampling_pool and extract")
     subnets = model.list_subnets()
     _expect(len(set(subnets)) == len(subnets) > 0, f"{who}: list_subnets is empty or lists one twice")
     ordered = sorted(subnets)

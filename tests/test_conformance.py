@@ -24,6 +24,30 @@ ELASTIC = {
     "max_depth": 2,
     "head_dim": 16,
 }
+SWIN = {
+    "image_size": 32,
+    "patch_size": 2,
+    "window": 4,
+    "min_width": 8,
+    "max_width": 16,
+    "width_step": 8,
+    "depths": (1, 1, 3, 1),
+    "min_depth": 2,
+    "head_dim": 8,
+    "mask_stride": 8,
+}
+ELASTIC_RESNET = {
+    "image_size": 32,
+    "min_width": 4,
+    "max_width": 8,
+    "width_step": 4,
+    "min_depths": (1, 1, 1, 1),
+    "max_depths": (1, 2, 2, 1),
+    "stem_channels": 8,
+    "out_channels": 16,
+    "groups": 2,
+}
+PLAIN_RESNET = {"image_size": 32, "width": 4, "depths": (1, 2, 1, 1), "stem_channels": 8, "out_channels": 16, "groups": 2}
 PLAIN = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "head_dim": 16}
 # Arguments that make an architecture small enough for a test; true sizes are looked at on the meta device below.
 NATIVE: dict[str, dict] = {
@@ -33,6 +57,24 @@ NATIVE: dict[str, dict] = {
     "elastic_vit_base": ELASTIC,
     "elastic_vit_large": {**ELASTIC, "channels": 1},
     "vit": PLAIN,
+    "elastic_swin": SWIN,
+    "elastic_swin_tiny": {},
+    "elastic_swin_small": SWIN,
+    "elastic_swin_base": {**SWIN, "channels": 1},
+    "swin": {
+        "image_size": 24,
+        "patch_size": 2,
+        "window": 4,
+        "width": 8,
+        "embed_width": 16,
+        "head_dim": 8,
+        "blocks": ("n", "s", "nss", "n"),
+    },
+    "elastic_resnet": ELASTIC_RESNET,
+    "elastic_resnet_tiny": {"image_size": 32},
+    "elastic_resnet_50": {**ELASTIC_RESNET, "channels": 1},
+    "elastic_resnet_152": ELASTIC_RESNET,
+    "resnet": PLAIN_RESNET,
 }
 WRAPPED: dict[str, dict] = {
     "timm/test_vit": {"image_size": 32},
@@ -81,13 +123,19 @@ def test_architectures(name, tmp_path, smallest_clip):
 
 
 def test_an_extracted_model_is_a_backbone_like_any_other(tmp_path):
-    checked = check_backbone(lambda: create_model("elastic_vit", **ELASTIC).extract(Subnet(16, 2)), tmp=tmp_path, export=False)
-    assert checked == [*RULES, "checkpoint"]
+    for build in (
+        lambda: create_model("elastic_vit", **ELASTIC).extract(Subnet(16, 2)),
+        lambda: create_model("elastic_swin", **SWIN).extract(Subnet(8, (1, 1, 2, 1))),
+        lambda: create_model("elastic_resnet", **ELASTIC_RESNET).extract(Subnet(4, (1, 2, 1, 1))),
+    ):
+        assert check_backbone(build, tmp=tmp_path, export=False) == [*RULES, "checkpoint"]
 
 
 def test_other_image_sizes():
     assert "subnets" in check_backbone(builder("elastic_vit", ELASTIC), sizes={"image": (24, 40)}, export=False)
     assert "layers" in check_backbone(builder("vit", PLAIN), sizes={"image": (24, 40)}, export=False)
+    assert "subnets" in check_backbone(builder("elastic_swin", SWIN), sizes={"image": (22, 34)}, export=False)
+    assert "subnets" in check_backbone(builder("elastic_resnet", ELASTIC_RESNET), sizes={"image": (27, 41)}, export=False)
 
 
 # name -> widths, depths, number of subnets, parameters of the intact network. ViT-S/16, B/16 and L/16 without a classifier have
@@ -119,6 +167,57 @@ def test_true_sizes_on_the_meta_device(name):
         assert set(features.layers) == {(deep if subnet is None else shallow) - 1}
 
 
+# name -> widths, depths of the third stage, number of subnets, parameters of the intact network: Swin-S and Swin-B without a
+# classifier have 48,837,258 and 86,743,224; ours have heads of 16 channels instead of 32, so twice the position biases (169 x heads
+# of all blocks), three norms of stages and a mask token more.
+TRUE_SWINS = {
+    "elastic_swin_small": ((64, 96), (6, 18), 39, 48_837_258 + 169 * 3 * (2 + 2 * 2 + 18 * 4 + 2 * 8) + 2 * 7 * 96 + 96),
+    "elastic_swin_base": ((96, 128), (6, 18), 39, 86_743_224 + 169 * 4 * (2 + 2 * 2 + 18 * 4 + 2 * 8) + 2 * 7 * 128 + 128),
+}
+
+
+@pytest.mark.parametrize("name", TRUE_SWINS)
+def test_true_sizes_of_swins_on_the_meta_device(name):
+    (low, high), (shallow, deep), count, parameters = TRUE_SWINS[name]
+    with torch.device("meta"):
+        model = create_model(name).eval()
+    subnets = model.list_subnets()
+    smallest, largest = Subnet(low, (2, 2, shallow, 2)), Subnet(high, (2, 2, deep, 2))
+    assert len(subnets) == count and min(subnets) == smallest and max(subnets) == largest
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert (model.feature_info.channels, model.feature_info.layers) == (8 * high, deep + 6)
+    images = example_inputs(model, 2)["image"].to("meta")
+    for subnet, width in ((None, high), (smallest, low)):
+        features = model(image=images, subnet=subnet, token_mask={"image": torch.zeros(2, 196, dtype=torch.bool, device="meta")})
+        assert features.pooled.shape == (2, 8 * width) and features.grid == {"image": (7, 7)}
+        assert [tuple(each.shape[1:]) for each in features.maps] == [(width * 2**s, 56 // 2**s, 56 // 2**s) for s in range(4)]
+
+
+# name -> widths, least and greatest depths, number of subnets, parameters of the intact network. The wide ResNet-152 has twice the
+# usual width inside its blocks; the other intact network is the usual ResNet-50 and a mask token.
+TRUE_RESNETS = {
+    "elastic_resnet_50": ((32, 64), ((3, 2, 2, 3), (3, 4, 6, 3)), 45, 23_508_032 + 64),
+    "elastic_resnet_152": ((64, 128), ((3, 4, 6, 3), (3, 8, 36, 3)), 465, 172_609_408),
+}
+
+
+@pytest.mark.parametrize("name", TRUE_RESNETS)
+def test_true_sizes_of_resnets_on_the_meta_device(name):
+    (low, high), (shallow, deep), count, parameters = TRUE_RESNETS[name]
+    with torch.device("meta"):
+        model = create_model(name).eval()
+    subnets = model.list_subnets()
+    smallest, largest = Subnet(low, shallow), Subnet(high, deep)
+    assert len(subnets) == count and min(subnets) == smallest and max(subnets) == largest
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert (model.feature_info.channels, model.feature_info.layers) == (2048, sum(deep))
+    images = example_inputs(model, 2)["image"].to("meta")
+    for subnet in (None, smallest):
+        features = model(image=images, subnet=subnet, token_mask={"image": torch.zeros(2, 196, dtype=torch.bool, device="meta")})
+        assert features.pooled.shape == (2, 2048) and features.grid == {"image": (7, 7)}
+        assert [tuple(each.shape[1:]) for each in features.maps] == [(256 * 2**s, 56 // 2**s, 56 // 2**s) for s in range(4)]
+
+
 # -- objectives ---------------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +236,10 @@ OBJECTIVES = {
     "poa with softmax centring": ("poa_tiny", {"centering": "softmax"}, 10),
     "poa without patches, crops or a shared view": ("poa_tiny", {"ibot": False, "koleo": 0.0, "same_view": False}, 0),
     "poa as in the paper": ("poa_tiny", {"pair_weights": "crops", "koleo_rule": "sum"}, 10),
+    "poa on a Swin": ("poa_swin_tiny", {}, 10),
+    "poa on a Swin before patches are masked": ("poa_swin_tiny", {"ibot_start": 0.5}, 0),
+    "poa on a ResNet": ("poa_resnet_tiny", {}, 10),
+    "poa on a ResNet before patches are masked": ("poa_resnet_tiny", {"ibot_start": 0.5}, 0),
     "dinov2": ("poa_tiny", {"elastic": False}, 10),
     "dinov2 by its recipe": ("dinov2_tiny", {}, 0),
 }
@@ -155,7 +258,7 @@ def test_self_distillation(name):
 
 
 @pytest.mark.parametrize("recipe", ["classify", "classify_frozen"])
-@pytest.mark.parametrize("architecture", ["elastic_vit_tiny", "vit", "timm/test_resnet"])
+@pytest.mark.parametrize("architecture", ["elastic_vit_tiny", "vit", "elastic_swin", "elastic_resnet", "timm/test_resnet"])
 def test_classifier(recipe, architecture):
     recipe = named(recipe, "finetune")
     backbone = create_model(architecture, **{**NATIVE, **WRAPPED}[architecture])

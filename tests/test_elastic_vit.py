@@ -11,18 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from okavango.models import elastic_vit
+from okavango.models import elastic
 from okavango.models.backbone import create_model
-from okavango.models.elastic_vit import (
-    ElasticViT,
-    LayerScale,
-    add_residual,
-    interpolate_positions,
-    kept_blocks,
-    layer_norm,
-    linear,
-    sampling_pool,
-)
+from okavango.models.elastic import add_residual, kept_blocks, layer_norm, linear, sampling_pool
+from okavango.models.elastic_vit import ElasticViT, LayerScale, interpolate_positions
 from okavango.models.features import Subnet
 from okavango.zoo.loading import CheckpointError, load_weights
 
@@ -436,7 +428,7 @@ def test_the_largest_subnet_within_a_latency(monkeypatch, budget):
         tried.append(size)
         return size / 10_000
 
-    monkeypatch.setattr(elastic_vit, "latency", latency)
+    monkeypatch.setattr(elastic, "latency", latency)
     fitting = [subnet for subnet in net.list_subnets() if net.count_parameters(subnet) <= budget * 10_000]
     fit = net.fit_budget(latency_ms=budget)
     assert fit.parameters == max(map(net.count_parameters, fitting)) and fit.latency_ms <= budget

@@ -38,12 +38,13 @@ class FeatureInfo:
 
 
 class Backbone(nn.Module):
-    """Base of all backbones. A subclass sets the four attributes and writes `forward`.
+    """Base of all backbones. A subclass sets the first four attributes and writes `forward`.
 
     Attributes:
         architecture: name that `create_model` knows; arguments: keyword arguments that rebuild it.
         preprocess: modality -> spec of the input; its keys are the modalities.
         feature_info: channels and strides (of the intact network, where it is elastic).
+        mask_stride: input pixels per cell of `token_mask`, 0 where nothing can be hidden from the backbone.
         activation_checkpointing: recompute blocks in the backward pass; a backbone that cannot does not look at it.
     """
 
@@ -51,6 +52,7 @@ class Backbone(nn.Module):
     arguments: dict[str, Any]
     preprocess: Preprocess
     feature_info: FeatureInfo
+    mask_stride: int = 0
     activation_checkpointing: bool = False
 
     @property
@@ -73,7 +75,8 @@ class Backbone(nn.Module):
         Args:
             inputs: modality -> batch.
             present: bool (B, modalities), which modality each sample has; None means all.
-            token_mask: modality -> bool (B, N), True where the token is hidden from the network.
+            token_mask: modality -> bool (B, N), True where the cell is hidden from the network, row by row; a cell is a token, but
+                for a hierarchical backbone, whose cells of `mask_stride` pixels may be smaller than its last tokens.
             subnet: the slice of an elastic backbone to run; None means the intact network.
             layers: indices of blocks to return in `Features.layers`; negative ones count from the end.
         Raises:
@@ -106,6 +109,9 @@ class Elastic(Protocol):
 
     def check_subnet(self, subnet: Subnet | None) -> Subnet:
         """The subnet itself, or the intact one for None; ValueError where there is no such subnet."""
+
+    def sampling_pool(self, scale: float) -> tuple[Subnet, ...]:
+        """The multiset that training draws from, the intact network last; small subnets stand there up to `scale` ** 2 times."""
 
     def extract(self, subnet: Subnet) -> Backbone:
         """A stand-alone model with a copy of the weights."""
@@ -154,7 +160,7 @@ def register(build: Build) -> Build:
 
 def architectures() -> dict[str, Callable[..., Backbone]]:
     """All architectures by name: our own and those that other packages offer by the entry point ``okavango.models``."""
-    from okavango.models import elastic_vit  # noqa: F401  (registers itself)
+    from okavango.models import elastic_resnet, elastic_swin, elastic_vit  # noqa: F401  (register themselves)
 
     plugins = {point.name: point for point in entry_points(group="okavango.models") if point.name not in ARCHITECTURES}
     for name, point in plugins.items():

@@ -7,87 +7,22 @@ scaled by full width / active width (Eq. 2 and 3 of the paper). `ElasticViT.extr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from okavango.models.backbone import Backbone, FeatureInfo, latency, register, resolve_layers
+from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
+from okavango.models.elastic import Mlp, Supernet, add_residual, default_preprocess, folded, kept_blocks, layer_norm, linear
 from okavango.models.features import Features, Layer, Subnet
-from okavango.models.preprocess import Image, Normalise, Preprocess, Resize
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 NORM_EPS = 1e-6
-
-
-def kept_blocks(depth: int, total: int) -> tuple[int, ...]:
-    """Indices of the blocks that a subnet of `depth` keeps out of `total`: evenly spaced, truncated, first and last included."""
-    return tuple(np.linspace(0, total - 1, depth).astype(np.int64).tolist())
-
-
-def sampling_pool(widths: Sequence[int], depths: Sequence[int], scale: float = 3.0) -> tuple[Subnet, ...]:
-    """The multiset that elastic students are drawn from, smallest first; the last entry is the intact network.
-
-    The smallest width and the smallest depth each get `scale` times the weight of the largest; multiplicities are rounded half
-    to even (POA, Eq. 14).
-    """
-    pool = []
-    for width, width_weight in zip(widths, np.linspace(scale, 1, len(widths)), strict=True):
-        for depth, depth_weight in zip(depths, np.linspace(scale, 1, len(depths)), strict=True):
-            pool += [Subnet(width, depth)] * int(np.round(width_weight * depth_weight))
-    return tuple(pool)
-
-
-def linear(x: Tensor, layer: nn.Linear, out: int, groups: int = 1) -> Tensor:
-    """A slice of a linear layer: the leading `x.shape[-1]` inputs and the leading `out` rows of each of `groups` equal row groups.
-
-    Args:
-        x: (..., inputs), inputs <= layer.in_features.
-    Returns:
-        (..., groups * out), scaled by in_features / inputs; the bias is not scaled.
-    """
-    inputs = x.shape[-1]
-    weight: Tensor = layer.weight
-    bias: Tensor = layer.bias
-    if groups == 1:
-        weight, bias = weight[:out, :inputs], bias[:out]
-    elif groups * out != layer.out_features or inputs != layer.in_features:
-        weight = weight.view(groups, -1, layer.in_features)[:, :out, :inputs].reshape(groups * out, inputs)
-        bias = bias.view(groups, -1)[:, :out].reshape(-1)
-    if inputs == layer.in_features:
-        return F.linear(x, weight, bias)
-    flat = torch.addmm(bias, x.reshape(-1, inputs), weight.t(), alpha=layer.in_features / inputs)
-    return flat.view(*x.shape[:-1], groups * out)
-
-
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Layer norm over the active channels with the leading weights."""
-    width = x.shape[-1]
-    return F.layer_norm(x, (width,), norm.weight[:width], norm.bias[:width], norm.eps)
-
-
-def add_residual(x: Tensor, branch: Callable[[Tensor], Tensor], rate: float) -> Tensor:
-    """x + branch(x) with stochastic depth.
-
-    Above a rate of 0.1 the branch runs on a random part of the batch only and its result is scaled up, as DINOv2 does; below,
-    it runs on all samples and some results are dropped.
-    """
-    if rate == 0:
-        return x + branch(x)
-    samples = len(x)
-    if rate > 0.1:
-        kept = max(1, int(samples * (1 - rate)))
-        chosen = torch.randperm(samples, device=x.device)[:kept]
-        return x.index_add(0, chosen, branch(x[chosen]).to(x.dtype), alpha=samples / kept)
-    keep = torch.rand((samples,) + (1,) * (x.ndim - 1), device=x.device, dtype=x.dtype) >= rate
-    return x + branch(x) * keep / (1 - rate)
 
 
 class LayerScale(nn.Module):
@@ -125,20 +60,6 @@ class Attention(nn.Module):
         """Attention probabilities (B, heads, N, N); only for looking at them."""
         query, key, _ = self.split(x)
         return (query @ key.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with GELU between; the hidden width follows the active width."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        width = x.shape[-1]
-        hidden = self.fc1.out_features * width // self.fc1.in_features
-        return linear(F.gelu(linear(x, self.fc1, hidden)), self.fc2, width)
 
 
 class Block(nn.Module):
@@ -192,33 +113,6 @@ def interpolate_positions(embed: Tensor, grid: tuple[int, int], native: tuple[in
     return torch.cat([head, patches.flatten(2).transpose(1, 2).to(embed.dtype)], 1)
 
 
-def vit_preprocess(image_size: int, channels: int) -> Preprocess:
-    """The default input: pictures with ImageNet statistics; small ones are shown whole, others cut to 224 of 256 pixels."""
-    resize = Resize(rule="shortest", crop_ratio=1.0 if image_size <= 64 else 224 / 256)
-    if channels == 3:
-        return Preprocess(image=Image(size=(image_size, image_size), resize=resize))
-    half = Normalise(rule="standard", mean=(0.5,) * channels, std=(0.5,) * channels, origin="range 0..1")
-    names = ("grey",) if channels == 1 else tuple(f"channel{i}" for i in range(channels))
-    return Preprocess(image=Image(channels=names, size=(image_size, image_size), resize=resize, normalise=half))
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What `ElasticViT.fit_budget` found.
-
-    Attributes:
-        subnet: the largest one within the budget.
-        parameters: of its stand-alone model.
-        latency_ms: median milliseconds per batch on this machine, None when only parameters were asked for.
-        measured: subnet -> (parameters, latency_ms) of all that were tried.
-    """
-
-    subnet: Subnet
-    parameters: int
-    latency_ms: float | None
-    measured: Mapping[Subnet, tuple[int, float | None]]
-
-
 class _Tokens(Backbone):
     """What the elastic and the extracted transformer share: patches in, `Features` out."""
 
@@ -251,7 +145,7 @@ class _Tokens(Backbone):
         )
 
 
-class ElasticViT(_Tokens):
+class ElasticViT(_Tokens, Supernet):
     """Vision transformer whose width and depth are chosen per call.
 
     Args:
@@ -319,9 +213,10 @@ class ElasticViT(_Tokens):
         self.widths = tuple(range(min_width, max_width + 1, width_step))
         self.depths = tuple(range(min_depth, max_depth + 1))
         self.head_dim, self.patch_size, self.position_offset = head_dim, patch_size, position_offset
+        self.mask_stride = patch_size
         side = image_size // patch_size
         self.native_grid = (side, side)
-        self.preprocess = vit_preprocess(image_size, channels)
+        self.preprocess = default_preprocess(image_size, channels)
         self.feature_info = FeatureInfo(max_width, max_depth, (max_width,) * max_depth, (patch_size,) * max_depth, prefix=1)
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, max_width))
@@ -341,33 +236,6 @@ class ElasticViT(_Tokens):
         nn.init.normal_(self.cls_token, std=1e-6)
 
     # -- subnets ------------------------------------------------------------------------------------------------------
-
-    @property
-    def intact(self) -> Subnet:
-        """The full network."""
-        return Subnet(self.widths[-1], self.depths[-1])
-
-    def list_subnets(self) -> list[Subnet]:
-        """All subnets, by width, then depth."""
-        return [Subnet(width, depth) for width in self.widths for depth in self.depths]
-
-    def sampling_pool(self, scale: float = 3.0) -> tuple[Subnet, ...]:
-        """The multiset that training draws from; see the function of the same name."""
-        return sampling_pool(self.widths, self.depths, scale)
-
-    def check_subnet(self, subnet: Subnet | None) -> Subnet:
-        """The subnet itself, or the intact one for None.
-
-        Raises:
-            ValueError: not on the grid of widths and depths.
-        """
-        if subnet is None:
-            return self.intact
-        if subnet.width not in self.widths or subnet.depth not in self.depths:
-            raise ValueError(
-                f"subnet {subnet}: widths are {', '.join(map(str, self.widths))} and depths {self.depths[0]}..{self.depths[-1]}"
-            )
-        return subnet
 
     def _sizes(self, subnet: Subnet | None) -> tuple[int, int]:
         """Width and depth of a subnet, checked."""
@@ -463,11 +331,9 @@ class ElasticViT(_Tokens):
         own = self.state_dict()
 
         def narrow(name: str, out: int, groups: int = 1) -> dict[str, Tensor]:
-            weight, bias = own[f"{name}.weight"], own[f"{name}.bias"]
+            weight = own[f"{name}.weight"]
             inputs = width if weight.shape[1] == self.widths[-1] else hidden
-            scale = weight.shape[1] / inputs
-            weight = weight.view(groups, -1, weight.shape[1])[:, :out, :inputs].reshape(-1, inputs)
-            return {"weight": weight * scale, "bias": bias.view(groups, -1)[:, :out].reshape(-1)}
+            return folded(weight, own[f"{name}.bias"], inputs, out, groups)
 
         tensors = {key: own[key][..., :width] for key in ("cls_token", "pos_embed")}
         tensors |= {f"patch_embed.proj.{leaf}": own[f"patch_embed.proj.{leaf}"][:width] for leaf in ("weight", "bias")}
@@ -494,54 +360,10 @@ class ElasticViT(_Tokens):
             mlp_ratio=hidden / width,
             layer_scale=self.arguments["layer_scale"],
             position_offset=self.position_offset,
-        )
-        model.trunk.load_state_dict({name: tensor.detach().clone() for name, tensor in tensors.items()})
+        ).to(self.pos_embed.device, self.pos_embed.dtype)
+        model.trunk.load_state_dict(tensors)
         model.preprocess = self.preprocess
-        return model.to(self.pos_embed.device, self.pos_embed.dtype).eval()
-
-    def fit_budget(self, *, latency_ms: float | None = None, params: int | None = None, batch: int = 1, repeats: int = 15) -> Fit:
-        """The largest subnet within a budget that is measured on this machine.
-
-        Args:
-            latency_ms: milliseconds per forward pass of `batch` images at the training size, by the stand-alone model, with the
-                threads that torch has now; the median of `repeats` passes counts.
-            params: parameters of the stand-alone model.
-        Raises:
-            ValueError: no budget given, or no subnet meets it; the message says what the smallest one needs.
-        """
-        if latency_ms is None and params is None:
-            raise ValueError("fit_budget: give latency_ms=, params= or both")
-        subnets = sorted(self.list_subnets(), key=lambda subnet: (self.count_parameters(subnet), subnet))
-        fitting = [s for s in subnets if params is None or self.count_parameters(s) <= params]
-        if not fitting:
-            least = self.count_parameters(subnets[0])
-            raise ValueError(f"fit_budget: no subnet has at most {params} parameters; the smallest has {least}")
-        if latency_ms is None:
-            best, count = fitting[-1], self.count_parameters(fitting[-1])
-            return Fit(best, count, None, {best: (count, None)})
-        measured: dict[Subnet, tuple[int, float]] = {}
-
-        def meets(subnet: Subnet) -> bool:
-            if subnet not in measured:
-                measured[subnet] = (self.count_parameters(subnet), latency(self.extract(subnet), batch, repeats))
-            return measured[subnet][1] <= latency_ms
-
-        # Latency grows with parameters but not strictly (depth costs more time than width), so the neighbours above are tried too.
-        low, high = 0, len(fitting)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if meets(fitting[middle]) else (low, middle)
-        for subnet in fitting[low : low + 4]:
-            meets(subnet)
-        good = [s for s in fitting if s in measured and measured[s][1] <= latency_ms]
-        if not good:
-            smallest = min(measured, key=lambda s: measured[s][1])
-            raise ValueError(
-                f"fit_budget: no subnet takes at most {latency_ms:g} ms for a batch of {batch} here; "
-                f"the fastest measured, {smallest}, takes {measured[smallest][1]:.2f} ms"
-            )
-        best = good[-1]
-        return Fit(best, *measured[best], measured)
+        return model.eval()
 
 
 class ViT(_Tokens):
@@ -558,7 +380,7 @@ class ViT(_Tokens):
         self.native_grid = (arguments["image_size"] // self.patch_size,) * 2
         width, depth = arguments["width"], arguments["depth"]
         self.head_dim = arguments["head_dim"]
-        self.preprocess = vit_preprocess(arguments["image_size"], arguments["channels"])
+        self.preprocess = default_preprocess(arguments["image_size"], arguments["channels"])
         self.feature_info = FeatureInfo(width, depth, (width,) * depth, (self.patch_size,) * depth, prefix=1)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -10,7 +10,8 @@ import torch
 
 from okavango.data.masking import batch_masks
 from okavango.models.backbone import create_model
-from okavango.models.elastic_vit import ElasticViT, kept_blocks
+from okavango.models.elastic import Supernet, kept_blocks
+from okavango.models.elastic_swin import relative_position_index
 from okavango.models.features import Subnet
 from okavango.pretrain.objectives.distillation import (
     Centre,
@@ -24,24 +25,39 @@ from okavango.pretrain.objectives.distillation import (
 from okavango.pretrain.objectives.poa import POA
 from okavango.pretrain.optim import Cosine, Optimiser, clip_gradients
 from okavango.pretrain.settings import Optim, POASettings
-from okavango.zoo.poa import from_official, to_official
+from okavango.zoo.poa import from_official, read_official, to_official
 
 BACKBONE, LOSS, HEAD = 1e-4, 1e-5, 1e-6
 
 
-def build(config: dict, image_size: int) -> ElasticViT:
+def build(config: dict, image_size: int) -> Supernet:
+    """The supernet of a recorded configuration, a ViT or, where it names the depths of stages, a Swin."""
     lowest, highest, head = config["min_embed_dim"], config["max_embed_dim"], config["head_dim"]
+    common = dict(image_size=image_size, patch_size=config["patch_size"], min_width=lowest, max_width=highest, head_dim=head)
+    if "max_depths" in config:
+        return create_model(
+            "elastic_swin",
+            **common,
+            width_step=head,
+            window=config["window_size"],
+            depths=config["max_depths"],
+            min_depth=config["min_s3_depth"],
+            mask_stride=config["patch_size"] * 8 // config["ibot_scale_factor"],
+        )
     return create_model(
         "elastic_vit",
-        image_size=image_size,
-        patch_size=config["patch_size"],
-        min_width=lowest,
-        max_width=highest,
-        width_step=head * config["width_interval"],
+        **common,
+        width_step=head * config.get("width_interval", 1),
         min_depth=config["min_depth"],
         max_depth=config["max_depth"],
-        head_dim=head,
     )
+
+
+def enlarged(features, cells: int) -> torch.Tensor:
+    """Tokens (B, cells, D) of a map repeated to more cells, as the reference gives them to the patch loss."""
+    times = round((cells / features.tokens["image"].shape[1]) ** 0.5)
+    tokens = features.tokens["image"].unflatten(1, features.grid["image"])
+    return tokens.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1, 2)
 
 
 def test_poa_vit(recorded):
@@ -93,6 +109,96 @@ def test_poa_extraction_matches_official_script(recorded):
         assert set(ours) - set(theirs) == {"norm.weight", "norm.bias"} and set(theirs) - set(ours) == {"mask_token"}
         for name in set(ours) & set(theirs):
             assert torch.allclose(ours[name], theirs[name], atol=1e-6), name
+
+
+def test_poa_swin(recorded):
+    fixture = recorded("poa", "swin/io")
+    config = fixture.config()
+    net = build(config["model"], config["model"]["img_size"]).eval()
+    net.load_state_dict(from_official(fixture.weights()))
+    back = to_official(net.state_dict())
+    assert back.keys() == fixture.weights().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in fixture.weights().items())
+    for name, tensor in fixture.weights().items():
+        if name.endswith("relative_position_index"):
+            assert torch.equal(tensor, relative_position_index(config["model"]["window_size"]))
+    enumeration = config["enumeration"]
+    assert list(net.widths) == enumeration["widths"] and [depth[2] for depth in net.depths] == enumeration["depths"]
+    assert len(net.sampling_pool(2)) == enumeration["num_pool_entries"]
+    masks = fixture.input("masks").bool()
+    for entry in config["nets"]:
+        tag, subnet = entry["tag"], net.check_subnet(Subnet(entry["width"], entry["s3_depth"]))
+        blocks = kept_blocks(entry["s3_depth"], config["model"]["max_depths"][2])
+        assert list(blocks) == entry["stage3_block_idx"] and [index % 2 == 1 for index in blocks] == entry["stage3_shift"]
+        plain = net.extract(subnet)
+        assert [stage.blocks[0].attn.relative_position_bias_table.shape[1] for stage in plain.stages] == entry["num_heads"]
+        for kind in ("global", "masked", "local"):
+            images = fixture.input("images_global" if kind == "masked" else f"images_{kind}")
+            with torch.no_grad():
+                token_mask = {"image": masks} if kind == "masked" else None
+                features = net(image=images, token_mask=token_mask, subnet=subnet, layers=(-1,))
+                extracted = features if kind == "masked" else plain(image=images)
+            (last,) = features.layers.values()
+            cells = fixture.tensors[f"{tag}/{kind}/x_norm_patchtokens"].shape[1]
+            fixture.compare(f"{tag}/{kind}/x_norm_clstoken", features.pooled, BACKBONE)
+            fixture.compare(f"{tag}/{kind}/x_norm_patchtokens", enlarged(features, cells), BACKBONE)
+            fixture.compare(f"{tag}/{kind}/x_prenorm", last.tokens["image"], BACKBONE)
+            if kind == "global":
+                for number, a_map in enumerate(features.maps):
+                    tokens = a_map.flatten(2).transpose(1, 2)
+                    fixture.compare(f"{tag}/stage{number}/tokens", tokens, BACKBONE)
+                    fixture.compare(f"{tag}/stage{number}/mean", tokens.mean(1), BACKBONE)
+            for ours, theirs in zip((features.pooled, *features.maps), (extracted.pooled, *extracted.maps), strict=True):
+                assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_poa_swin_extraction_matches_official_script(recorded):
+    """The tensors that the official script wrote, but for the norm of the patch embedding, which it narrows."""
+    from safetensors.torch import load_file
+
+    fixture = recorded("poa", "swin/io")
+    fixture.left_out.update(dict.fromkeys(fixture.tensors, "input"))
+    config = fixture.config()
+    net = build(config["model"], config["model"]["img_size"])
+    net.load_state_dict(from_official(fixture.weights()))
+    for path in (fixture.folder / "extracted").glob("*.safetensors"):
+        ours = to_official(net.extract(net.check_subnet(Subnet.parse(path.stem))).state_dict())
+        theirs = {name.removeprefix("backbone."): tensor for name, tensor in load_file(path).items()}
+        assert set(theirs) - set(ours) == {"mask_token"} and not set(ours) - set(theirs)
+        for name in set(ours) & set(theirs):
+            if name.startswith("patch_embed."):
+                assert torch.equal(ours[name][: len(theirs[name])], theirs[name]), name
+            else:
+                assert ours[name].shape == theirs[name].shape and torch.allclose(ours[name], theirs[name], atol=1e-6), name
+        shapes = json.loads((fixture.folder / "extracted_shapes.json").read_text())
+    for entry in config["nets"]:
+        ours = to_official(net.extract(net.check_subnet(Subnet(entry["width"], entry["s3_depth"]))).state_dict())
+        theirs = {name.removeprefix("backbone."): shape for name, shape in shapes[entry["tag"]].items()}
+        for name, tensor in ours.items():
+            assert name.startswith("patch_embed.") or list(tensor.shape) == theirs[name], name
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_poa_checkpoints_are_read(recorded, tmp_path, family):
+    """A pickle as the published program writes it -> the network that the configuration describes."""
+    fixture = recorded("poa", f"{family}/io")
+    fixture.left_out.update(dict.fromkeys(fixture.tensors, "input"))
+    config, weights = fixture.config()["model"], fixture.weights()
+    teacher = {f"backbone.{name}": tensor for name, tensor in weights.items()} | {"dino_head.mlp0.2.bias": torch.zeros(3)}
+    torch.save({"teacher": teacher}, tmp_path / "teacher.pth")
+    model, left = read_official(
+        tmp_path / "teacher.pth",
+        image_size=config["img_size"],
+        patch_size=config["patch_size"],
+        head_dim=config["head_dim"],
+        min_width=config["min_embed_dim"],
+        min_depth=config["min_s3_depth" if family == "swin" else "min_depth"],
+    )
+    expected = build(config, config["img_size"])
+    expected.load_state_dict(from_official(weights))
+    assert left == ["dino_head.mlp0.2.bias"] and not model.training
+    assert model.arguments == expected.arguments and model.list_subnets() == expected.list_subnets()
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_poa_heads(recorded):
@@ -183,9 +289,11 @@ def test_poa_losses(recorded):
     fixture.compare("collate/masks_weight", (1 / drawn.sum(1).clamp_min(1).float())[:, None].expand_as(drawn)[drawn], 1e-7)
 
 
-def test_poa_step(recorded):
-    fixture = recorded("poa", "step_vit/io")
+@pytest.mark.parametrize("name", ["step_vit", "step_swin"])
+def test_poa_step(recorded, name):
+    fixture = recorded("poa", f"{name}/io")
     config = fixture.config()
+    sampling_scale = 2.0 if name == "step_swin" else 3.0
     batch = {
         "global": fixture.input("global_crops"),
         "local": fixture.input("local_crops"),
@@ -208,12 +316,14 @@ def test_poa_step(recorded):
             ibot=ibot,
             layer_decay=config["lwd"],
             last_layer_freeze=0.1,
+            sampling_scale=sampling_scale,
         )
         torch.manual_seed(0)
-        objective = POA(build({"width_interval": 1, **config["student"]}, config["S"]), settings, steps=10).train()
-        assert [[s.width, s.depth] for s in objective.pool] == config["pool"][:-1]
+        net = build(config["student"], config["S"])
+        objective = POA(net, settings, steps=10).train()
+        assert list(objective.pool) == [net.check_subnet(Subnet(*entry)) for entry in config["pool"][:-1]]
         objective.load_state_dict(weights)
-        subnet = Subnet(*recorded_result["network"])
+        subnet = net.check_subnet(Subnet(*recorded_result["network"]))
         objective.draw = lambda step, subnet=subnet: subnet
         terms = objective.terms(batch, 0)
         for head in range(len(config["protos"])):
@@ -269,25 +379,36 @@ def test_poa_step(recorded):
                     fixture.compare(f"{tag}/{side}_after/{name}", tensor, 1e-5)
 
 
-def test_poa_real_sizes(recorded):
-    """Tables of the real ViT: pool, kept blocks, key shapes and learning-rate factors, on the meta device."""
+REAL = {
+    "vit": ("elastic_vit_large", "vit_large_intact", 3, "block_idx"),
+    "swin": ("elastic_swin_base", "swin_base_intact", 2, "block_idx_stage3"),
+}
+
+
+@pytest.mark.parametrize("family", REAL)
+def test_poa_real_sizes(recorded, family):
+    """Tables of the real networks: pool, kept blocks, key shapes and learning-rate factors, on the meta device."""
+    architecture, intact, scale, block_table = REAL[family]
     fixture = recorded("poa", "heads/io")
     fixture.left_out.update(dict.fromkeys(fixture.tensors, "input"))
     root = fixture.folder.parent
-    enumeration = json.loads((root / "enumeration.json").read_text())["vit"]
+    enumeration = json.loads((root / "enumeration.json").read_text())[family]
+    official = json.loads((root / "official_keys.json").read_text())[intact]
+    table = json.loads((root / "param_groups.json").read_text())[family]
     with torch.device("meta"):
-        net = create_model("elastic_vit_large")
-        official = json.loads((root / "official_keys.json").read_text())["vit_large_intact"]
+        net = create_model(architecture)
         objective = POA(net, POASettings(), steps=346)
-    pool = net.sampling_pool(3)
+    pool = net.sampling_pool(scale)
+    assert list(net.widths) == enumeration["widths"] and pool[-1] == net.check_subnet(Subnet(*enumeration["intact"]))
     assert len(pool) == enumeration["pool_entries"] and len(net.list_subnets()) == enumeration["distinct"]
-    assert [[pool.count(Subnet(w, d)) for d in net.depths] for w in net.widths] == enumeration["multiplicity"]
-    for depth, blocks in enumeration["block_idx"].items():
-        assert list(kept_blocks(int(depth), net.depths[-1])) == blocks
+    grid = [[net.check_subnet(Subnet(width, depth)) for depth in enumeration["depths"]] for width in enumeration["widths"]]
+    assert [[pool.count(subnet) for subnet in row] for row in grid] == enumeration["multiplicity"]
+    assert [subnet for row in grid for subnet in row] == net.list_subnets()
+    for depth, blocks in enumeration[block_table].items():
+        assert list(kept_blocks(int(depth), enumeration["intact"][1])) == blocks
     shapes = {name: list(tensor.shape) for name, tensor in to_official(objective.teacher.state_dict()).items()}
     assert shapes == official["keys"]
     assert sum(p.numel() for p in net.parameters()) == official["backbone_params"]
-    table = json.loads((root / "param_groups.json").read_text())["vit"]
     ours = {}
     for group in objective.param_groups():
         for name in to_official({name: torch.tensor(0) for name, _ in group["params"]}):
@@ -295,10 +416,3 @@ def test_poa_real_sizes(recorded):
     assert ours.keys() == table["params"].keys()
     for name, row in table["params"].items():
         assert ours[name] == pytest.approx(row, rel=1e-9), name
-
-
-@pytest.mark.parametrize("name", ["swin/io", "resnet/io", "step_swin/io"])
-def test_poa_not_yet(recorded, name):
-    """Fixtures of the elastic Swin and ResNet, which do not exist here yet: named in the report, not compared."""
-    fixture = recorded("poa", name)
-    fixture.left_out.update(dict.fromkeys(fixture.tensors, "the elastic Swin and ResNet are not implemented yet"))

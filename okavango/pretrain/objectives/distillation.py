@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from okavango.models.elastic_vit import linear
+from okavango.models.elastic import linear
 from okavango.pretrain.collectives import max_over_ranks, mean_over_ranks, sum_over_ranks
 
 FLOOR = 80.0  # of exponents below a column's greatest in Sinkhorn: exp(-80) is still a normal float32

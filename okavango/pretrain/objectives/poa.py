@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from okavango.data.loading import derive
 from okavango.data.masking import batch_masks
 from okavango.data.multicrop import MultiCrop
-from okavango.models.backbone import Backbone
-from okavango.models.elastic_vit import ElasticViT
-from okavango.models.features import Subnet
+from okavango.models.backbone import Backbone, Elastic
+from okavango.models.features import Features, Subnet
 from okavango.models.preprocess import Preprocess
 from okavango.pretrain import collectives
 from okavango.pretrain.objectives.distillation import (
@@ -77,11 +76,26 @@ def _shuffled(size: int, seed: int) -> tuple[int, ...]:
     return tuple(np.random.Generator(np.random.Philox(seed)).permutation(size).tolist())
 
 
+def hidden_tokens(features: Features, hidden: Tensor, cells: tuple[int, int]) -> Tensor:
+    """The token of each hidden cell (M, D), of a map that is finer than the tokens where the backbone is hierarchical.
+
+    Args:
+        hidden: int64 (M,), indices into (B, *cells) flattened.
+        cells: rows and columns of the masks.
+    """
+    tokens, grid = features.tokens["image"], features.grid["image"]
+    if grid != cells:
+        crop, cell = hidden // (cells[0] * cells[1]), hidden % (cells[0] * cells[1])
+        row, column = cell // cells[1] * grid[0] // cells[0], cell % cells[1] * grid[1] // cells[1]
+        hidden = (crop * grid[0] + row) * grid[1] + column
+    return tokens.flatten(0, 1)[hidden]
+
+
 class POA(nn.Module):
     """The objective: owns both students' shared weights, the teacher and the heads.
 
     Args:
-        backbone: the student; an `ElasticViT`, or with `settings.elastic` off any backbone that takes `token_mask`.
+        backbone: the student; it is `Elastic`, or with `settings.elastic` off any backbone that takes `token_mask`.
         settings: see `POASettings`.
         steps: length of the run in optimiser steps, for the schedules.
         seed: of the subnet draws.
@@ -91,12 +105,11 @@ class POA(nn.Module):
         super().__init__()
         self.pool: tuple[Subnet, ...] = ()
         if settings.elastic:
-            if not isinstance(backbone, ElasticViT):
-                raise ValueError(f"{backbone.architecture} is not elastic; use an elastic_vit_* model or --objective.no-elastic")
+            if not isinstance(backbone, Elastic):
+                raise ValueError(f"{backbone.architecture} is not elastic; use an elastic_* model or --objective.no-elastic")
             self.pool = backbone.sampling_pool(settings.sampling_scale)[:-1]
-        self.patch_size: int = getattr(backbone, "patch_size", 0)
-        if not self.patch_size:
-            raise ValueError(f"{backbone.architecture} has no patches that could be hidden from it; use an elastic_vit_* model")
+        if not backbone.mask_stride:
+            raise ValueError(f"{backbone.architecture} has no patches that could be hidden from it; use an elastic_* model")
         self.settings, self.steps, self.seed = settings, steps, seed
         width = backbone.feature_info.channels
         heads = ProjectionHeads(width, settings.head_hidden, settings.head_bottleneck, settings.prototypes)
@@ -139,8 +152,13 @@ class POA(nn.Module):
     @property
     def collate(self) -> Collate:
         """Crops of a micro-batch -> tensors and masks; picklable, all randomness from the seed."""
-        side = self.settings.crops.global_size // self.patch_size
+        side = self.settings.crops.global_size // self._backbone.mask_stride
         return Collate(self._augment(self._backbone.preprocess), (side, side), self.settings)
+
+    def _cells(self, batch: dict) -> tuple[int, int]:
+        """Rows and columns of the masks of a batch."""
+        height, width = batch["global"].shape[-2:]
+        return height // self._backbone.mask_stride, width // self._backbone.mask_stride
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -162,7 +180,7 @@ class POA(nn.Module):
         narrow = network["backbone"](image=batch["local"], subnet=subnet)
         rows = [wide.pooled, narrow.pooled]
         if masks is not None:
-            rows.append(wide.tokens["image"].flatten(0, 1)[hidden])
+            rows.append(hidden_tokens(wide, hidden, self._cells(batch)))
         sizes = [len(part) for part in rows]
         return wide.pooled, [logits.split(sizes) for logits in network["head"](torch.cat(rows))]
 
@@ -171,7 +189,7 @@ class POA(nn.Module):
         """Per head: the teacher's targets of the global crops, halves swapped (2B, K), and of the hidden patches (M, K)."""
         features = self.teacher["backbone"](image=batch["global"])
         swapped = features.pooled.roll(len(features.pooled) // 2, 0)
-        rows = torch.cat([swapped, features.tokens["image"].flatten(0, 1)[hidden]])
+        rows = torch.cat([swapped, hidden_tokens(features, hidden, self._cells(batch))])
         temperature = self.temperature(step)
         targets = []
         for index, logits in enumerate(self.teacher["head"](rows)):
@@ -265,13 +283,14 @@ class POA(nn.Module):
         scale, prototypes frozen at first.
         """
         backbone, settings = self._backbone, self.settings
-        ids, last = backbone.layer_ids(), backbone.feature_info.layers + 1
+        ids, after = backbone.layer_ids(), backbone.feature_info.layers + 1
+        last = max(ids.get(name, after) for name, _ in backbone.named_parameters())  # a ResNet has nothing after its blocks
         groups: dict[tuple, list] = {}
         for name, parameter in self.student.named_parameters():
             if not parameter.requires_grad:
                 continue
             inner = name.removeprefix("backbone.")
-            lr = settings.layer_decay ** (last - ids.get(inner, last)) if name != inner else 1.0
+            lr = settings.layer_decay ** (last - ids.get(inner, after)) if name != inner else 1.0
             if "patch_embed" in name:
                 lr *= settings.patch_embed_lr
             wd = 0.0 if name.endswith("bias") or "norm" in name or "gamma" in name else 1.0
