@@ -265,6 +265,8 @@ def make_records() -> None:
 CURVES: dict[str, dict[str, Any]] = {
     "poa_tiny": {"verb": "pretrain", "changes": {"batch": 16}},
     "dinov2_tiny": {"verb": "pretrain", "changes": {"batch": 16}},
+    "poa_swin_tiny": {"verb": "pretrain", "changes": {"batch": 16}},
+    "poa_resnet_tiny": {"verb": "pretrain", "changes": {"batch": 16}},
     "classify": {
         "verb": "finetune",
         # A rate at which an untrained network of this size moves within 20 steps.
