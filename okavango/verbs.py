@@ -102,7 +102,10 @@ def _run(recipe: Recipe, data: str | Source | None, out: Path, say: Say) -> Path
         backbone.activation_checkpointing = True
     objective = recipe.objective.build(backbone, tuple(source.classes), recipe.run)
     if recipe.run.compile:
-        for block in getattr(backbone, "blocks", []):
+        blocks = getattr(backbone, "blocks", None)
+        if blocks is None:
+            raise ValueError(f"--compile: {backbone.architecture} has no list of blocks to compile one by one; leave it off")
+        for block in blocks:
             block.compile()
     card = {"data": source.name, "data_sha256": source.digest, "samples": len(source), "command": command_line()}
     evaluators = {"knn": OnlineKnn(source, recipe.run.seed)} if recipe.run.eval_every and source.labels is not None else {}

@@ -285,6 +285,7 @@ MISTAKES = {
     f"{TINY} --start golden": "do not fit ElasticViT",
     "pretrain poa_vit_small --out out": "give --data",
     f"{TINY} --precision fp16": "needs a GPU",
+    "pretrain poa_resnet_tiny --out out --workers 0 --threads 1 --compile": "has no list of blocks",
     "pretrain poa_tiny --workers 0 --out texts/a.txt": "texts/a.txt",
     # finetune
     "finetune classify --out out": "give --start CHECKPOINT",
