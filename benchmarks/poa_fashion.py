@@ -43,7 +43,7 @@ def hours(log: list[dict], batch: int) -> float:
     return seconds / 3600
 
 
-def ship(run: Path, results: dict[str, str]) -> Path:
+def ship(run: Path, results: dict[str, str]) -> None:
     """The exported backbone with a card that says how it was made, and what it is worth."""
     recipe = json.loads((run / "recipe.json").read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -78,13 +78,12 @@ def ship(run: Path, results: dict[str, str]) -> Path:
     for name in ("recipe.json", "log.jsonl"):
         shutil.copy(run / name, ROOT / "leaderboard" / f"poa_fashion.{name}")
     shutil.copy(run / "curves.png", ROOT / "docs" / "poa_fashion_curves.png")
-    return folder
 
 
-def measure(folder: Path, out: Path) -> None:
+def measure(run: Path, out: Path) -> None:
     """Records of everything, from scratch."""
-    shipped, sha256 = hub.load(str(folder)), file_sha256(folder / "model.safetensors")
-    seed = json.loads((ROOT / "leaderboard" / "poa_fashion.recipe.json").read_text())["run"]["seed"]
+    shipped, sha256 = hub.load(str(run / "export")), file_sha256(run / "export" / "model.safetensors")
+    seed = json.loads((run / "recipe.json").read_text())["run"]["seed"]
     torch.manual_seed(derive(seed, "initial weights"))
     untrained = create_model(shipped.architecture, **shipped.arguments).eval()
     untrained.preprocess = shipped.preprocess
@@ -134,7 +133,7 @@ def main(run: str) -> None:
     """Ship, measure, render."""
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
     out = ROOT / "leaderboard" / "poa_fashion.jsonl"
-    measure(ship(Path(run), {}), out)
+    measure(Path(run), out)
     records = read_records(out)
     ship(Path(run), results(records))
     render(records, ROOT / "leaderboard" / "poa_fashion.html", title=f"{NAME}: all subnets")

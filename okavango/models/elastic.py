@@ -105,6 +105,18 @@ class Mlp(nn.Module):
         return linear(F.gelu(linear(x, self.fc1, hidden)), self.fc2, width)
 
 
+def image_grid(images: Tensor, step: int, what: str) -> tuple[int, int]:
+    """Height and width of images (..., H, W) in cells of `step` pixels.
+
+    Raises:
+        ValueError: a side is no multiple of `step`; `what` names it.
+    """
+    height, width = images.shape[-2:]
+    if height % step or width % step:
+        raise ValueError(f"image of {height}x{width} pixels: both sides must be multiples of the {what} {step}")
+    return height // step, width // step
+
+
 def default_preprocess(image_size: int, channels: int) -> Preprocess:
     """The input of our own backbones: pictures with ImageNet statistics; small ones are shown whole, others cut to 224 of 256."""
     resize = Resize(rule="shortest", crop_ratio=1.0 if image_size <= 64 else 224 / 256)

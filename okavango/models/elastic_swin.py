@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
-from okavango.models.elastic import Mlp, Supernet, add_residual, default_preprocess, folded, kept_blocks, layer_norm, linear
+from okavango.models.elastic import (
+    Mlp,
+    Supernet,
+    add_residual,
+    default_preprocess,
+    folded,
+    image_grid,
+    kept_blocks,
+    layer_norm,
+    linear,
+)
 from okavango.models.features import Features, Layer, Subnet
 
 NORM_EPS = 1e-5
@@ -214,15 +224,8 @@ class _Hierarchy(Backbone):
         """All blocks in their order, for those who treat them one by one (`--compile`)."""
         return [cast(Block, block) for stage in self.stages for block in cast(Stage, stage).blocks]
 
-    def _check_image(self, images: Tensor, step: int, what: str) -> tuple[int, int]:
-        """Height and width in cells of `step` pixels."""
-        height, width = images.shape[-2:]
-        if height % step or width % step:
-            raise ValueError(f"image of {height}x{width} pixels: both sides must be multiples of the {what} {step}")
-        return height // step, width // step
-
     def _embed(self, images: Tensor, width: int) -> Tensor:
-        self._check_image(images, self.patch_size, "patch size")
+        image_grid(images, self.patch_size, "patch size")
         return self.patch_embed(images, width)
 
     def _run(self, x: Tensor, kept: Sequence[Sequence[int]], layers: Sequence[int]) -> Features:
@@ -433,7 +436,7 @@ class ElasticSwin(_Hierarchy, Supernet):
         images, mask = inputs["image"], None if token_mask is None else token_mask.get("image")
         x = self._embed(images, width)
         if mask is not None:
-            mask = mask.unflatten(1, self._check_image(images, self.mask_stride, "mask stride"))
+            mask = mask.unflatten(1, image_grid(images, self.mask_stride, "mask stride"))
             times = self.mask_stride // self.patch_size
             mask = mask.repeat_interleave(times, 1).repeat_interleave(times, 2)
             x = torch.where(mask[..., None], self.mask_token[:, :width].to(x.dtype), x)

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
-from okavango.models.elastic import Mlp, Supernet, add_residual, default_preprocess, folded, kept_blocks, layer_norm, linear
+from okavango.models.elastic import (
+    Mlp,
+    Supernet,
+    add_residual,
+    default_preprocess,
+    folded,
+    image_grid,
+    kept_blocks,
+    layer_norm,
+    linear,
+)
 from okavango.models.features import Features, Layer, Subnet
 
 if TYPE_CHECKING:
@@ -120,12 +130,6 @@ class _Tokens(Backbone):
     patch_size: int
     position_offset: float
     native_grid: tuple[int, int]
-
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"image of {height}x{width} pixels: both sides must be multiples of the patch size {self.patch_size}")
-        return height // self.patch_size, width // self.patch_size
 
     def resize_weights(self, name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor | None:
         """Fit a position embedding that was trained with another number of patches; None for anything else."""
@@ -260,7 +264,7 @@ class ElasticViT(_Tokens, Supernet):
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def _embed(self, images: Tensor, mask: Tensor | None, width: int) -> tuple[Tensor, tuple[int, int]]:
-        grid = self._grid(images)
+        grid = image_grid(images, self.patch_size, "patch size")
         x = self.patch_embed(images, width)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token[:, :width].to(x.dtype), x)
@@ -384,7 +388,7 @@ class ViT(_Tokens):
         self.feature_info = FeatureInfo(width, depth, (width,) * depth, (self.patch_size,) * depth, prefix=1)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        trunk, grid = self.trunk, self._grid(images)
+        trunk, grid = self.trunk, image_grid(images, self.patch_size, "patch size")
         assert trunk.cls_token is not None and trunk.pos_embed is not None
         x = trunk.patch_embed.proj(images).flatten(2).transpose(1, 2)
         x = torch.cat([trunk.cls_token.expand(x.shape[0], -1, -1), x], 1)
