@@ -124,9 +124,10 @@ def block(records: list[Record]) -> str:
     return "\n".join([START, *lines, *("| " + " | ".join(row) + " |" for row in rows), END])
 
 
-def block_in(text: str) -> str:
-    """That part of the README."""
-    return text[text.index(START) : text.index(END) + len(END)]
+def block_in(text: str, start: str = START) -> str:
+    """That part of the README, or of another page: from a line that says who writes it to the next end."""
+    begin = text.index(start)
+    return text[begin : text.index(END, begin) + len(END)]
 
 
 def main(run: str) -> None:

@@ -310,9 +310,20 @@ def measure(
         out: file of records to append to.
         **facts: fields of the records.
     """
+    records = []
+    for record, _ in outcomes(embed, train, tests, protocols, seed=seed, **facts):
+        records.append(record)
+        if out is not None:
+            write_record(out, record)
+    return records
+
+
+def outcomes(
+    embed: Embed, train: Source, tests: Sequence[Source], protocols: Sequence[str], *, seed: int, **facts: Any
+) -> Iterator[tuple[Record, Outcome]]:
+    """As `measure`, each record together with what became of every test picture."""
     bank = embed(train)
     fitted = [fit(bank, protocol, seed) for protocol in protocols]
-    records = []
     for test in tests:
         queries = embed(test)
         where = {
@@ -321,10 +332,8 @@ def measure(
             "test_manifest_sha256": test.digest,
         }
         for protocol in fitted:
-            records.append(outcome_record(protocol.protocol, protocol.score(queries), seed=seed, **where, **facts))
-            if out is not None:
-                write_record(out, records[-1])
-    return records
+            outcome = protocol.score(queries)
+            yield outcome_record(protocol.protocol, outcome, seed=seed, **where, **facts), outcome
 
 
 def open_model(checkpoint: str) -> tuple[Backbone, str]:

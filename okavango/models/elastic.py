@@ -1,7 +1,7 @@
 """What elastic backbones of all families share: slices of layers, the grid of subnets, the pool they are drawn from, budgets.
 
 A subnet keeps the leading channels and evenly spaced blocks. Every linear layer whose input is narrowed is scaled by full width /
-active width (POA, arXiv 2408.01031, Eq. 2 and 3).
+active width (POA, arXiv 2408.01031, Eq. 2 and 3), unless `rescale` is off, as in the paper's ablation.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def sampling_pool(widths: Sequence[int], depths: Sequence[Depth], scale: float =
     return tuple(pool)
 
 
-def linear(x: Tensor, layer: nn.Linear, out: int, groups: int = 1) -> Tensor:
+def linear(x: Tensor, layer: nn.Linear, out: int, groups: int = 1, rescale: bool = True) -> Tensor:
     """A slice of a linear layer: the leading `x.shape[-1]` inputs and the leading `out` rows of each of `groups` equal row groups.
 
     Args:
         x: (..., inputs), inputs <= layer.in_features.
     Returns:
-        (..., groups * out), scaled by in_features / inputs; the bias is not scaled.
+        (..., groups * out), with `rescale` scaled by in_features / inputs; the bias is not scaled.
     """
     inputs = x.shape[-1]
     weight: Tensor = layer.weight
@@ -55,17 +55,17 @@ def linear(x: Tensor, layer: nn.Linear, out: int, groups: int = 1) -> Tensor:
     elif groups * out != layer.out_features or inputs != layer.in_features:
         weight = weight.view(groups, -1, layer.in_features)[:, :out, :inputs].reshape(groups * out, inputs)
         bias = bias.view(groups, -1)[:, :out].reshape(-1)
-    if inputs == layer.in_features:
+    if inputs == layer.in_features or not rescale:
         return F.linear(x, weight, bias)
     flat = torch.addmm(bias, x.reshape(-1, inputs), weight.t(), alpha=layer.in_features / inputs)
     return flat.view(*x.shape[:-1], groups * out)
 
 
-def folded(weight: Tensor, bias: Tensor, inputs: int, out: int, groups: int = 1) -> dict[str, Tensor]:
+def folded(weight: Tensor, bias: Tensor, inputs: int, out: int, groups: int = 1, rescale: bool = True) -> dict[str, Tensor]:
     """Weight and bias of the slice that `linear` takes, as a layer of its own: the scale is multiplied into the weight."""
     full = weight.shape[1]
     weight = weight.view(groups, -1, full)[:, :out, :inputs].reshape(-1, inputs)
-    return {"weight": weight * (full / inputs), "bias": bias.view(groups, -1)[:, :out].reshape(-1)}
+    return {"weight": weight * (full / inputs if rescale else 1), "bias": bias.view(groups, -1)[:, :out].reshape(-1)}
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -91,7 +91,17 @@ def add_residual(x: Tensor, branch: Callable[[Tensor], Tensor], rate: float, par
     return x + branch(x) * keep / (1 - rate)
 
 
-class Mlp(nn.Module):
+class Sliced(nn.Module):
+    """A module with layers that take narrowed inputs.
+
+    Attributes:
+        rescale: scale them by full width / active width.
+    """
+
+    rescale: bool = True
+
+
+class Mlp(Sliced):
     """Two linear layers with GELU between; the hidden width follows the active width."""
 
     def __init__(self, width: int, hidden: int):
@@ -102,7 +112,8 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         width = x.shape[-1]
         hidden = self.fc1.out_features * width // self.fc1.in_features
-        return linear(F.gelu(linear(x, self.fc1, hidden)), self.fc2, width)
+        x = F.gelu(linear(x, self.fc1, hidden, rescale=self.rescale))
+        return linear(x, self.fc2, width, rescale=self.rescale)
 
 
 def image_grid(images: Tensor, step: int, what: str) -> tuple[int, int]:
@@ -151,10 +162,21 @@ class Supernet(Backbone):
     Attributes:
         widths: of the subnets, ascending.
         depths: of the subnets, ascending; the largest pair is the intact network.
+        rescale: narrowed inputs of layers are scaled by full width / active width.
     """
 
     widths: tuple[int, ...]
     depths: tuple[Depth, ...]
+    rescale: bool = True
+
+    def _set_rescale(self, rescale: bool) -> None:
+        """Switch the scaling of all modules inside, once they are made."""
+        self.rescale = rescale
+        if not rescale:  # checkpoints name it only where it is off, so that those written before it existed mean the same
+            self.arguments["rescale"] = rescale
+        for module in self.modules():
+            if isinstance(module, Sliced):
+                module.rescale = rescale
 
     @property
     def intact(self) -> Subnet:

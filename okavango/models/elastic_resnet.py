@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
-from okavango.models.elastic import Supernet, default_preprocess, kept_blocks
+from okavango.models.elastic import Sliced, Supernet, default_preprocess, kept_blocks
 from okavango.models.features import Features, Layer, Subnet
 
 if TYPE_CHECKING:
@@ -29,17 +29,17 @@ STRIDES = (4, 8, 16, 32)  # input pixels per cell of each stage
 STAGES = len(STRIDES)
 
 
-def convolve(x: Tensor, conv: nn.Conv2d, out: int) -> Tensor:
+def convolve(x: Tensor, conv: nn.Conv2d, out: int, rescale: bool = True) -> Tensor:
     """A slice of a convolution without bias: the leading `x.shape[1]` inputs and the leading `out` outputs.
 
     Args:
         x: (B, inputs, H, W), inputs <= conv.in_channels.
     Returns:
-        (B, out, h, w), scaled by in_channels / inputs.
+        (B, out, h, w), with `rescale` scaled by in_channels / inputs.
     """
     inputs, weight = x.shape[1], conv.weight[:out]
     if inputs < conv.in_channels:  # a slice of the inputs is copied in any case, so the scale costs nothing here
-        weight = weight[:, :inputs] * (conv.in_channels / inputs)
+        weight = weight[:, :inputs] * (conv.in_channels / inputs if rescale else 1)
     return F.conv2d(x, weight, None, conv.stride, conv.padding)
 
 
@@ -49,7 +49,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     return F.group_norm(x, norm.num_groups, norm.weight[:channels], norm.bias[:channels], norm.eps)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Sliced):
     """Residual block of a 1x1, a 3x3 (with the stride) and a 1x1 convolution, each with group norm.
 
     Args:
@@ -72,9 +72,9 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(inputs, out, 1, stride, bias=False), nn.GroupNorm(groups, out))
 
     def forward(self, x: Tensor, width: int) -> Tensor:
-        y = F.relu(group_norm(convolve(x, self.conv1, width), self.norm1))
-        y = F.relu(group_norm(convolve(y, self.conv2, width), self.norm2))
-        y = self.norm3(convolve(y, self.conv3, self.conv3.out_channels))
+        y = F.relu(group_norm(convolve(x, self.conv1, width, self.rescale), self.norm1))
+        y = F.relu(group_norm(convolve(y, self.conv2, width, self.rescale), self.norm2))
+        y = self.norm3(convolve(y, self.conv3, self.conv3.out_channels, self.rescale))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
@@ -137,6 +137,8 @@ class ElasticResNet(Supernet):
         groups: of all norms; divides all numbers of channels.
         channels: channels of the image.
         mask_stride: pixels per cell of `token_mask`, a multiple of 4.
+        rescale: scale a layer whose input is narrowed by full width / active width. Off is the paper's ablation, which takes
+            k-NN of its ViT-S on ImageNet from 76.8 to 75.3.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -159,6 +161,7 @@ class ElasticResNet(Supernet):
         groups: int = 32,
         channels: int = 3,
         mask_stride: int = 16,
+        rescale: bool = True,
     ):
         super().__init__()
         if not 1 <= min_width <= max_width or width_step < 1 or (max_width - min_width) % width_step:
@@ -203,6 +206,7 @@ class ElasticResNet(Supernet):
                 blocks.append(Bottleneck(inputs, max_width << stage, out, stride, groups))
                 inputs = out
             self.add_module(f"layer{stage + 1}", blocks)
+        self._set_rescale(rescale)
 
     # -- subnets ------------------------------------------------------------------------------------------------------
 
@@ -307,7 +311,7 @@ class ElasticResNet(Supernet):
         tensors = {"conv1.weight": self.conv1.weight, "bn1.weight": self.norm1.weight, "bn1.bias": self.norm1.bias}
         for stage, position, block in self._blocks(depths):
             name, inner = f"layer{stage + 1}.{position}", width << stage
-            scale = block.conv2.in_channels / inner
+            scale = block.conv2.in_channels / inner if self.rescale else 1
             tensors[f"{name}.conv1.weight"] = block.conv1.weight[:inner]
             tensors[f"{name}.conv2.weight"] = block.conv2.weight[:inner, :inner] * scale
             tensors[f"{name}.conv3.weight"] = block.conv3.weight[:, :inner] * scale

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
 from okavango.models.elastic import (
     Mlp,
+    Sliced,
     Supernet,
     add_residual,
     default_preprocess,
@@ -75,7 +76,7 @@ def same_part(height: int, width: int, window: int, device: torch.device) -> Ten
     return part[:, :, None] == part[:, None, :]
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(Sliced):
     """Self-attention within windows over the leading heads, with a learned bias for each offset between two cells."""
 
     relative_position_index: Tensor
@@ -97,7 +98,7 @@ class WindowAttention(nn.Module):
         """
         windows, cells, width = x.shape[1:]
         heads = width // self.head_dim
-        qkv = linear(x, self.qkv, width, groups=3).unflatten(-1, (3, heads, self.head_dim))
+        qkv = linear(x, self.qkv, width, groups=3, rescale=self.rescale).unflatten(-1, (3, heads, self.head_dim))
         query, key, value = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)  # (B, windows * heads, cells, head_dim)
         bias = self.relative_position_bias_table[:, :heads][self.relative_position_index].permute(2, 0, 1)
         bias = bias.expand(windows, heads, cells, cells)
@@ -106,7 +107,7 @@ class WindowAttention(nn.Module):
         bias = bias.flatten(0, 1)[None].to(query.dtype)  # windows stand with the heads, so that the batch needs no copies of it
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         mixed = mixed.unflatten(1, (windows, heads)).transpose(2, 3).flatten(3)
-        return linear(mixed, self.proj, width)
+        return linear(mixed, self.proj, width, rescale=self.rescale)
 
 
 class Block(nn.Module):
@@ -145,7 +146,7 @@ def leading_of_four(weight: Tensor, width: int) -> Tensor:
     return weight.unflatten(-1, (4, -1))[..., :width].flatten(-2)
 
 
-class PatchMerging(nn.Module):
+class PatchMerging(Sliced):
     """2 x 2 cells -> one of twice the width; the cells stand row by row, each with all its channels."""
 
     def __init__(self, width: int):
@@ -161,7 +162,7 @@ class PatchMerging(nn.Module):
         norm, full = self.norm, self.norm.weight.shape[0] // 4
         scale, shift = leading_of_four(norm.weight, channels), leading_of_four(norm.bias, channels)
         weight = leading_of_four(self.reduction.weight[: 2 * channels], channels)
-        if channels < full:  # the weight has been copied anyway, and is smaller than the map
+        if channels < full and self.rescale:  # the weight has been copied anyway, and is smaller than the map
             weight = weight * (full / channels)
         return F.linear(F.layer_norm(x, (4 * channels,), scale, shift, norm.eps), weight)
 
@@ -320,6 +321,8 @@ class ElasticSwin(_Hierarchy, Supernet):
         mlp_ratio: hidden width of the MLP over the width.
         drop_path: rate of stochastic depth of the last block; it rises linearly from 0. Active in training mode only.
         mask_stride: pixels per cell of `token_mask`.
+        rescale: scale a layer whose input is narrowed by full width / active width. Off is the paper's ablation, which takes
+            k-NN of its ViT-S on ImageNet from 76.8 to 75.3.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -343,6 +346,7 @@ class ElasticSwin(_Hierarchy, Supernet):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         mask_stride: int = 16,
+        rescale: bool = True,
     ):
         super().__init__()
         depths = tuple(depths)
@@ -381,6 +385,7 @@ class ElasticSwin(_Hierarchy, Supernet):
         self.mask_token = nn.Parameter(torch.zeros(1, max_width))
         blocks, total = [("ns" * depth)[:depth] for depth in depths], sum(depths)
         self._build(blocks, max_width, max_width, [drop_path * index / max(1, total - 1) for index in range(total)])
+        self._set_rescale(rescale)
 
     # -- subnets ------------------------------------------------------------------------------------------------------
 
@@ -478,7 +483,7 @@ class ElasticSwin(_Hierarchy, Supernet):
                     ("mlp.fc2", hidden, size, 1),
                 ):
                     weight, bias = own[f"{old}.{name}.weight"], own[f"{old}.{name}.bias"]
-                    for leaf, tensor in folded(weight, bias, inputs, out, groups).items():
+                    for leaf, tensor in folded(weight, bias, inputs, out, groups, self.rescale).items():
                         tensors[f"{new}.{name}.{leaf}"] = tensor
             for leaf in ("weight", "bias"):
                 tensors[f"norms.{number}.{leaf}"] = own[f"norms.{number}.{leaf}"][:size]
@@ -487,7 +492,7 @@ class ElasticSwin(_Hierarchy, Supernet):
                 for leaf in ("weight", "bias"):
                     tensors[f"{merging}.norm.{leaf}"] = leading_of_four(own[f"{merging}.norm.{leaf}"], size)
                 reduction = own[f"{merging}.reduction.weight"]
-                scale = reduction.shape[1] / (4 * size)
+                scale = reduction.shape[1] / (4 * size) if self.rescale else 1
                 tensors[f"{merging}.reduction.weight"] = leading_of_four(reduction[: 2 * size], size) * scale
         model = Swin(
             image_size=self.arguments["image_size"],

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
 from okavango.models.elastic import (
     Mlp,
+    Sliced,
     Supernet,
     add_residual,
     default_preprocess,
@@ -46,7 +47,7 @@ class LayerScale(nn.Module):
         return x * self.gamma[: x.shape[-1]]
 
 
-class Attention(nn.Module):
+class Attention(Sliced):
     """Multi-head self-attention over the leading heads."""
 
     def __init__(self, width: int, head_dim: int):
@@ -58,13 +59,14 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, heads, N, head_dim)."""
         batch, tokens, width = x.shape
-        qkv = linear(x, self.qkv, width, groups=3).view(batch, tokens, 3, width // self.head_dim, self.head_dim)
+        qkv = linear(x, self.qkv, width, groups=3, rescale=self.rescale)
+        qkv = qkv.view(batch, tokens, 3, width // self.head_dim, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return query, key, value
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = F.scaled_dot_product_attention(*self.split(x))
-        return linear(mixed.transpose(1, 2).flatten(2), self.proj, x.shape[-1])
+        return linear(mixed.transpose(1, 2).flatten(2), self.proj, x.shape[-1], rescale=self.rescale)
 
     def weights(self, x: Tensor) -> Tensor:
         """Attention probabilities (B, heads, N, N); only for looking at them."""
@@ -163,6 +165,8 @@ class ElasticViT(_Tokens, Supernet):
         layer_scale: initial value of layer scale.
         drop_path: rate of stochastic depth, the same in all blocks; active in training mode only.
         position_offset: see `interpolate_positions`.
+        rescale: scale a layer whose input is narrowed by full width / active width. Off is the paper's ablation, which takes
+            k-NN of its ViT-S on ImageNet from 76.8 to 75.3.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -186,6 +190,7 @@ class ElasticViT(_Tokens, Supernet):
         layer_scale: float = 1e-5,
         drop_path: float = 0.0,
         position_offset: float = 0.1,
+        rescale: bool = True,
     ):
         super().__init__()
         if image_size % patch_size:
@@ -229,6 +234,7 @@ class ElasticViT(_Tokens, Supernet):
         self.patch_embed = PatchEmbed(patch_size, channels, max_width)
         self.blocks = nn.ModuleList(Block(max_width, head_dim, mlp_ratio, layer_scale, drop_path) for _ in range(max_depth))
         self.norm = nn.LayerNorm(max_width, eps=NORM_EPS)
+        self._set_rescale(rescale)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -337,7 +343,7 @@ class ElasticViT(_Tokens, Supernet):
         def narrow(name: str, out: int, groups: int = 1) -> dict[str, Tensor]:
             weight = own[f"{name}.weight"]
             inputs = width if weight.shape[1] == self.widths[-1] else hidden
-            return folded(weight, own[f"{name}.bias"], inputs, out, groups)
+            return folded(weight, own[f"{name}.bias"], inputs, out, groups, self.rescale)
 
         tensors = {key: own[key][..., :width] for key in ("cls_token", "pos_embed")}
         tensors |= {f"patch_embed.proj.{leaf}": own[f"patch_embed.proj.{leaf}"][:width] for leaf in ("weight", "bias")}

@@ -8,23 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from okavango.models.elastic import linear
+from okavango.models.elastic import Sliced, linear
 from okavango.pretrain.collectives import max_over_ranks, mean_over_ranks, sum_over_ranks
 
 FLOOR = 80.0  # of exponents below a column's greatest in Sinkhorn: exp(-80) is still a normal float32
 
 
-class ProjectionHead(nn.Module):
+class ProjectionHead(Sliced):
     """Three-layer MLP to a unit sphere, then a weight-normed linear layer to prototypes.
 
     Args:
-        width: greatest input width; narrower input uses the leading columns, scaled by width / input width.
+        width: greatest input width; narrower input uses the leading columns.
         hidden, bottleneck: widths inside.
         prototypes: K, outputs.
+        rescale: scale the first layer by width / input width, as the backbone does.
     """
 
-    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int):
+    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int, rescale: bool = True):
         super().__init__()
+        self.rescale = rescale
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.fc3 = nn.Linear(hidden, bottleneck)
@@ -39,7 +41,7 @@ class ProjectionHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, W) -> logits (N, K), cosine-like: within +-last_g."""
-        x = F.gelu(linear(x, self.fc1, self.fc1.out_features))
+        x = F.gelu(linear(x, self.fc1, self.fc1.out_features, rescale=self.rescale))
         x = self.fc3(F.gelu(self.fc2(x)))
         x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
         return F.linear(x, F.normalize(self.last_v, dim=1, eps=0) * self.last_g)
@@ -48,8 +50,8 @@ class ProjectionHead(nn.Module):
 class ProjectionHeads(nn.ModuleList):
     """Several projection heads with their own numbers of prototypes, sharing nothing (POA, section 3.3)."""
 
-    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: Sequence[int]):
-        super().__init__(ProjectionHead(width, hidden, bottleneck, count) for count in prototypes)
+    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: Sequence[int], rescale: bool = True):
+        super().__init__(ProjectionHead(width, hidden, bottleneck, count, rescale) for count in prototypes)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [head(x) for head in self]

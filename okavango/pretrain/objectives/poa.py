@@ -112,7 +112,8 @@ class POA(nn.Module):
             raise ValueError(f"{backbone.architecture} has no patches that could be hidden from it; use an elastic_* model")
         self.settings, self.steps, self.seed = settings, steps, seed
         width = backbone.feature_info.channels
-        heads = ProjectionHeads(width, settings.head_hidden, settings.head_bottleneck, settings.prototypes)
+        rescale = getattr(backbone, "rescale", True)  # only an elastic backbone has the choice
+        heads = ProjectionHeads(width, settings.head_hidden, settings.head_bottleneck, settings.prototypes, rescale)
         self.student = nn.ModuleDict({"backbone": backbone, "head": heads})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         if settings.centering == "softmax":
