@@ -154,17 +154,17 @@ def block(results: Results, steps: int) -> str:
     return "\n".join([START, said, "", *accuracies, "", *differences, END])
 
 
-def report(results: Results, steps: int, root: Path = ROOT) -> None:
+def report(results: Results, steps: int) -> None:
     """Records, page and tables."""
     records = [record for runs in results.values() for run in runs for record in run.records]
-    out = root / "leaderboard" / "poa_ablations.jsonl"
+    out = ROOT / "leaderboard" / "poa_ablations.jsonl"
     unfinished = out.with_suffix(".part")
     unfinished.unlink(missing_ok=True)
     for record in records:
         write_record(unfinished, record)
     unfinished.replace(out)
     render(records, out.with_suffix(".html"), title="POA, one part left out at a time")
-    page = root / "docs" / "poa.md"
+    page = ROOT / "docs" / "poa.md"
     text, tables = page.read_text(), block(results, steps)
     page.write_text(text.replace(block_in(text, START), tables))
     print(tables)

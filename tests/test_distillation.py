@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from okavango.models.backbone import create_model
 from okavango.pretrain.objectives.distillation import (
     Centre,
     ProjectionHead,
@@ -21,6 +22,8 @@ from okavango.pretrain.objectives.distillation import (
     masked_patch_loss,
     sinkhorn,
 )
+from okavango.pretrain.objectives.poa import POA
+from okavango.pretrain.settings import POASettings
 
 torch.set_num_threads(1)
 
@@ -166,19 +169,29 @@ def test_a_centre_uses_the_mean_of_earlier_batches():
     assert "centre" in centre.state_dict() and not list(centre.parameters())
 
 
-@pytest.mark.parametrize("width", [16, 12, 8])
-def test_projection_head_against_plain_layers(width):
-    head, x = ProjectionHead(16, 10, 6, 7), random(5, width)
+@pytest.mark.parametrize("width, rescale", [(16, True), (12, True), (8, True), (16, False), (12, False)])
+def test_projection_head_against_plain_layers(width, rescale):
+    head, x = ProjectionHead(16, 10, 6, 7, rescale), random(5, width)
     nn.init.uniform_(head.last_g, 0.5, 2)
     for layer in (head.fc1, head.fc2, head.fc3):
         nn.init.normal_(layer.weight, std=0.3), nn.init.normal_(layer.bias)
     with torch.no_grad():
-        y = F.gelu((x * 16 / width) @ head.fc1.weight[:, :width].T + head.fc1.bias)
+        y = F.gelu((x * (16 / width if rescale else 1)) @ head.fc1.weight[:, :width].T + head.fc1.bias)
         y = head.fc3(F.gelu(head.fc2(y)))
         y = y / y.norm(dim=-1, keepdim=True)
         directions = head.last_v / head.last_v.norm(dim=1, keepdim=True)
         torch.testing.assert_close(head(x), (y @ directions.T) * head.last_g.T, atol=1e-5, rtol=1e-5)
         assert bool((head(x).abs() <= head.last_g.T + 1e-5).all())
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_heads_scale_narrow_input_when_the_backbone_does(rescale):
+    settings = POASettings(prototypes=(5, 7), head_hidden=8, head_bottleneck=4)
+    backbone = create_model("elastic_vit_tiny", max_depth=2, rescale=rescale)
+    objective = POA(backbone, settings, steps=1)
+    branches = (objective.student, objective.teacher)
+    assert [head.rescale for branch in branches for head in branch["head"]] == 4 * [rescale]
+    assert [branch["backbone"].blocks[0].mlp.rescale for branch in branches] == 2 * [rescale]
 
 
 def test_projection_heads_share_nothing():

@@ -244,6 +244,43 @@ def test_the_full_width_is_the_plain_layer_bit_for_bit():
     assert torch.equal(convolve(x, conv, 6), conv(x)) and torch.equal(group_norm(x, norm), norm(x))
 
 
+def test_without_the_scale_a_slice_is_the_plain_convolution_of_its_weights():
+    conv, x = nn.Conv2d(5, 6, 3, 2, 1, bias=False), pixels(2, 3, 7, 6)
+    torch.testing.assert_close(convolve(x, conv, 4, rescale=False), F.conv2d(x, conv.weight[:4, :3], None, 2, 1))
+
+
+def test_without_the_scale():
+    # Norms undo the scale but for their epsilon, which is therefore made large here.
+    def large_epsilon(net: ElasticResNet) -> ElasticResNet:
+        for module in net.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.eps = 1.0
+        return net
+
+    scaled, net, images = large_epsilon(build()), large_epsilon(build(rescale=False)), pixels(2, 3, 32, 32)
+    assert "rescale" not in scaled.arguments and net.arguments == scaled.arguments | {"rescale": False}
+    assert build(**net.arguments).rescale is False
+    for subnet in net.list_subnets()[::3]:
+        with torch.no_grad():
+            ours, theirs = net(image=images, subnet=subnet), scaled(image=images, subnet=subnet)
+            alone = large_epsilon(net.extract(subnet))(image=images)
+        for a, b in zip(ours.maps, alone.maps, strict=True):
+            torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-5)
+        if subnet.width == net.widths[-1]:
+            assert torch.equal(ours.pooled, theirs.pooled)
+        else:
+            assert (ours.pooled - theirs.pooled).abs().max() > 0.01
+    # The scale multiplied into the second and third convolution of all blocks does the same: it is of these and no others.
+    heavier, subnet = large_epsilon(build(rescale=False)), Subnet(6, (1, 2, 2, 1))
+    with torch.no_grad():
+        for name, parameter in heavier.named_parameters():
+            if name.endswith(("conv2.weight", "conv3.weight")):
+                parameter *= 8 / 6
+        ours, theirs = heavier(image=images, subnet=subnet), scaled(image=images, subnet=subnet)
+    for a, b in zip(ours.maps, theirs.maps, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_reach_the_active_slice_only():
     net = build()
     net(image=pixels(2, 3, 32, 32), subnet=Subnet(4, (1, 2, 2, 1))).pooled.square().sum().backward()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from okavango.models.backbone import create_model
 from okavango.models.elastic import kept_blocks
@@ -292,6 +293,31 @@ def test_layers_are_the_blocks_before_the_norm():
         norm = net.norms[number]
         normed = F.layer_norm(tokens, (size,), norm.weight[:size], norm.bias[:size], 1e-5)
         torch.testing.assert_close(normed, features.maps[number].flatten(2).transpose(1, 2))
+
+
+def test_without_the_scale():
+    scaled, net, images = build().double(), build(rescale=False).double(), pixels(2, 3, 16, 16).double()
+    assert "rescale" not in scaled.arguments and net.arguments == scaled.arguments | {"rescale": False}
+    assert build(**net.arguments).rescale is False
+    for subnet in net.list_subnets():
+        with torch.no_grad():
+            ours, theirs = net(image=images, subnet=subnet), scaled(image=images, subnet=subnet)
+            alone = net.extract(subnet)(image=images)
+        for a, b in zip(ours.maps, alone.maps, strict=True):
+            torch.testing.assert_close(b, a, atol=1e-9, rtol=0)
+        if subnet.width == net.widths[-1]:
+            assert torch.equal(ours.pooled, theirs.pooled)
+        else:
+            assert (ours.pooled - theirs.pooled).abs().max() > 0.01
+    # The scale multiplied into the weights of all linear layers, mergings included, does the same: it is of these and no others.
+    heavier, subnet = build(rescale=False).double(), Subnet(8, 3)
+    with torch.no_grad():
+        for module in heavier.modules():
+            if isinstance(module, nn.Linear):
+                module.weight *= 12 / 8
+        ours, theirs = heavier(image=images, subnet=subnet), scaled(image=images, subnet=subnet)
+    for a, b in zip(ours.maps, theirs.maps, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
 def test_gradients_reach_the_active_slice_only():

@@ -205,6 +205,34 @@ def test_the_full_width_is_the_plain_layer_bit_for_bit():
     assert scale(x[..., :5]).shape[-1] == 5
 
 
+def test_without_the_scale_a_slice_is_the_plain_layer_of_its_weights():
+    layer, x = nn.Linear(7, 18), pixels(2, 3, 4)
+    rows = [group * 6 + row for group in range(3) for row in range(2)]
+    torch.testing.assert_close(linear(x, layer, 2, 3, rescale=False), F.linear(x, layer.weight[rows][:, :4], layer.bias[rows]))
+
+
+def test_without_the_scale():
+    scaled, net, images = build(), build(rescale=False), pixels(2, 3, 12, 12)
+    assert "rescale" not in scaled.arguments and net.arguments == scaled.arguments | {"rescale": False}
+    assert build(**net.arguments).rescale is False
+    for subnet in net.list_subnets():
+        with torch.no_grad():
+            ours, theirs = tokens(net(image=images, subnet=subnet)), tokens(scaled(image=images, subnet=subnet))
+            torch.testing.assert_close(tokens(net.extract(subnet)(image=images)), ours, atol=2e-5, rtol=1e-5)
+        if subnet.width == net.widths[-1]:
+            assert torch.equal(ours, theirs)
+        else:
+            assert (ours - theirs).abs().max() > 0.01
+    # The scale multiplied into the weights of all linear layers of the blocks does the same: it is of these and no others.
+    heavier, subnet = build(rescale=False), Subnet(8, 2)
+    with torch.no_grad():
+        for name, parameter in heavier.named_parameters():
+            if name.startswith("blocks") and name.endswith("weight") and parameter.ndim == 2:
+                parameter *= 16 / 8
+        expected = tokens(scaled(image=images, subnet=subnet))
+        torch.testing.assert_close(tokens(heavier(image=images, subnet=subnet)), expected, atol=2e-5, rtol=1e-5)
+
+
 def test_gradients_reach_the_active_slice_only():
     net = build()
     net(image=pixels(2, 3, 12, 12), subnet=Subnet(8, 2)).pooled.square().sum().backward()

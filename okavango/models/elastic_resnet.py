@@ -137,8 +137,8 @@ class ElasticResNet(Supernet):
         groups: of all norms; divides all numbers of channels.
         channels: channels of the image.
         mask_stride: pixels per cell of `token_mask`, a multiple of 4.
-        rescale: scale a layer whose input is narrowed by full width / active width. Off is the paper's ablation, which takes
-            k-NN of its ViT-S on ImageNet from 76.8 to 75.3.
+        rescale: scale a convolution whose input is narrowed by full width / active width. Off is the paper's ablation, made with
+            ViTs; the norm after each convolution takes the scale out again, up to its epsilon, so little depends on it here.
 
     Raises:
         ValueError: sizes that do not fit each other.
