@@ -146,7 +146,7 @@ def block(results: Results, steps: int) -> str:
                 per_seed = ours.mean(1)
                 cells.append(f"{ours.mean():.3f} ({per_seed.min():.3f}..{per_seed.max():.3f})")
                 change, low, high = paired_bootstrap(ours.mean(0), full.mean(0), seed=0)
-                changes.append(f"{change:+.3f} ({low:+.3f}..{high:+.3f})")
+                changes.append(f"{change:+z.3f} ({low:+z.3f}..{high:+z.3f})")  # z: no minus before zero
             accuracies.append(f"| {dataset} | `{name}` | " + " | ".join(cells) + " |")
             if name != "full":
                 differences.append(f"| {dataset} | `{name}` | " + " | ".join(changes) + " |")

@@ -12,6 +12,7 @@ from helpers import ROOT, weights
 
 from okavango import verbs
 from okavango.data.sources import cached, open_source
+from okavango.pretrain import loop
 from okavango.zoo.leaderboard.records import Record, read_records
 
 
@@ -36,7 +37,10 @@ def flat(settings: dict, prefix: str = "") -> dict:
 
 def test_all_of_it(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "RECIPE", "poa_tiny")
-    monkeypatch.setattr(script, "pictures", some_pictures)
+    train, tests = some_pictures()
+    monkeypatch.setattr(script, "pictures", lambda: (train, tests))
+    monkeypatch.setattr(verbs, "training_part", lambda data: train)
+    monkeypatch.setattr(loop, "learning_curves", lambda *_: None)  # would be most of the time
     page, before = tmp_path / "docs" / "poa.md", f"# Title\n\n{script.START}\nold\n{script.END}\n\nend {script.END}\n"
     page.parent.mkdir()
     page.write_text(before)
