@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import struct
 import zlib
+from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from okavango.zoo.leaderboard.page import render, table
+from okavango.models.features import Subnet
+from okavango.zoo.leaderboard.page import DARK, RAMP, _size, render, table
 from okavango.zoo.leaderboard.records import Record
 
 EVIL = "<script>window.hacked=1</script>\"'&</script>"
@@ -49,6 +55,28 @@ def results() -> list[Record]:
         ("model", "dataset", "protocol", "metric", "baseline", "subnet", "notes", "command", "created", "label"), EVIL
     )
     return [*records, Record(**hostile, value=0.1, n=1, settings={EVIL: EVIL}, versions={EVIL: EVIL}, hardware={EVIL: EVIL})]
+
+
+def cell(subnet: Subnet | str, value: float, **changes) -> Record:
+    facts = dict(model="elastic", dataset="clothes", protocol="knn/v1", metric="accuracy", n=1000, created="2026-01-01T00:00:00Z")
+    return Record(**{**facts, "subnet": str(subnet), "value": value, "interval": (value - 0.02, value + 0.02), **changes})
+
+
+def grids() -> list[Record]:
+    """Subnets of 3 widths x 2 depths, trained and untrained, x 2 datasets x 2 protocols; one more model, of stages, on one."""
+    records = [
+        cell(
+            Subnet(width, depth), (0.7, 0.4)[b] + 0.1 * d + 0.05 * p + width / 10000 + depth / 1000,
+            dataset=dataset, protocol=protocol, baseline=baseline, parameters=width * width * depth,
+        )
+        for d, dataset in enumerate(("clothes", "digits"))
+        for p, protocol in enumerate(("knn/v1", "linear/v1"))
+        for b, baseline in enumerate(("pretrained", "untrained"))
+        for width in (32, 64, 128)
+        for depth in (2, 10)
+    ]  # fmt: skip
+    stages = [Subnet(width, (3, a, b, 3)) for width in (64, 96) for a in range(4, 9) for b in range(6, 12)]
+    return [*records, *(cell(subnet, 0.5, model=EVIL, dataset="digits", protocol="linear/v1") for subnet in stages)]
 
 
 class Outline(HTMLParser):
@@ -103,6 +131,99 @@ def test_the_table_is_aligned_sorted_and_plain():
     assert "\x1b" not in table(records) and "a[31mb" in table(records) and " 2.5 " in table(records)
     column = lines[0].index("dataset")
     assert {line[column : column + 7] for line in lines[2:]} == {"clothes"}
+
+
+# -- maps, as they stand in the file ------------------------------------------------------------------------------------------
+
+
+def maps(html: str) -> dict[tuple[str, str], list[list[str]]]:
+    """(group, map) -> rows of cells as "class text", without tags."""
+
+    def plain(text: str) -> str:
+        return " ".join(unescape(re.sub("<[^>]*>", " ", text)).split())
+
+    found = {}
+    for group in re.findall(r"<details class=.map-group.*?</details>", html, re.S):
+        name = plain(re.search(r"<b>(.*?)</b>", group, re.S)[1])
+        for figure in re.findall(r"<figure.*?</figure>", group, re.S):
+            rows = re.findall(r"<tr>(.*?)</tr>", figure, re.S)
+            cells = [re.findall(r"<t[hd][^>]*?(?:class=.(v\d+)[^>]*)?>(.*?)</t[hd]>", row, re.S) for row in rows]
+            caption = plain(re.search(r"<figcaption>(.*?)</figcaption>", figure, re.S)[1])
+            found[name, caption] = [[f"{level} {plain(text)}".strip() for level, text in row] for row in cells]
+    return found
+
+
+def test_each_grid_is_a_map_with_values_and_intervals(tmp_path):
+    html = render(grids(), tmp_path / "a.html").read_text()
+    found = maps(html)
+    names = [f"{dataset} · {protocol}" for dataset in ("clothes", "digits") for protocol in ("knn/v1", "linear/v1")]
+    assert [key for key in found if key[1] != f"{EVIL} pretrained"] == [
+        (name, f"elastic {baseline}") for name in names for baseline in ("pretrained", "untrained")
+    ]
+    assert found[names[0], "elastic pretrained"] == [
+        ["width", "depth 2", "10"],
+        ["32", "v9 70.5 68.5–72.5", "v10 71.3 69.3–73.3"],
+        ["64", "v10 70.8 68.8–72.8", "v10 71.6 69.6–73.6"],
+        ["128", "v10 71.5 69.5–73.5", "v10 72.3 70.3–74.3"],
+    ]
+    assert found[names[0], "elastic untrained"][1][1] == "v0 40.5 38.5–42.5"  # one scale for all maps of a dataset and protocol
+    assert html.count('<details class="map-group" open>') == 1 and html.count('<details class="map-group">') == 3
+    depths = found[names[3], f"{EVIL} pretrained"][0][1:]
+    assert len(depths) == 30 and depths[:4] == ["depth 3-4-6-3", "3-4-7-3", "3-5-6-3", "3-4-8-3"] and depths[-1] == "3-8-11-3"
+
+
+def test_what_makes_no_grid_has_no_map(tmp_path):
+    row = [cell(Subnet(32, depth), 0.5) for depth in (1, 2, 3)]
+    diagonal = [cell(Subnet(32 * size, size), 0.5) for size in (1, 2, 3)]
+    names = [cell(name, 0.5, baseline="named") for name in ("", "small", "w32", "w32_d1 ", "w64_d2-", EVIL)]
+    scattered = [cell(Subnet(width, depth), 0.5, baseline=f"b{width}{depth}") for width in (32, 64) for depth in (1, 2)]
+    for records in (results(), row, diagonal, names, scattered):
+        html = render(records, tmp_path / "a.html").read_text()
+        assert maps(html) == {} and 'id="maps"' not in html
+
+
+def test_holes_repeats_and_other_metrics_in_a_map(tmp_path):
+    corners = [cell(Subnet(width, depth), 0.5) for width in (32, 64) for depth in (1, 3)]
+    newer = cell("w32_d1", 0.9, created="2026-02-01T00:00:00Z")
+    older = cell("w64_d3", 0.95, created="2025-02-01T00:00:00Z")
+    loss = [cell(Subnet(width, depth), width * depth, metric="loss", interval=None) for width in (32, 64) for depth in (1, 3)]
+    found = maps(render([*corners, cell("w48_d2", 0.7), newer, older], tmp_path / "a.html").read_text())
+    assert found["clothes · knn/v1", "elastic pretrained"][1:] == [
+        ["32", "v10 90.0 88.0–92.0", "–", "v0 50.0 48.0–52.0"],
+        ["48", "–", "v5 70.0 68.0–72.0", "–"],
+        ["64", "v0 50.0 48.0–52.0", "–", "v0 50.0 48.0–52.0"],
+    ]
+    assert maps(render(loss, tmp_path / "b.html").read_text())["clothes · knn/v1", "elastic pretrained"][1:] == [
+        ["32", "v0 32", "v4 96"],
+        ["64", "v2 64", "v10 192"],
+    ]
+
+
+@given(st.integers(0, 4096), st.one_of(st.integers(0, 99), st.lists(st.integers(0, 99), min_size=2, max_size=5).map(tuple)))
+def test_names_are_read_as_subnets_are(width, depth):
+    assert _size(str(Subnet(width, depth))) == (width, depth if isinstance(depth, tuple) else (depth,))
+
+
+def light(colour: str) -> tuple[float, tuple[float, float, float]]:
+    """Relative luminance (WCAG) and CIELAB of #rrggbb."""
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    ]
+    rows = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))
+    xyz = [sum(a * b for a, b in zip(row, linear, strict=True)) for row in rows]
+    x, y, z = (
+        v ** (1 / 3) if v > (6 / 29) ** 3 else v / (3 * (6 / 29) ** 2) + 4 / 29
+        for v in (xyz[0] / 0.95047, xyz[1], xyz[2] / 1.08883)
+    )
+    return xyz[1], (116 * y - 16, 500 * (x - y), 200 * (y - z))
+
+
+def test_colours_are_even_and_text_on_them_can_be_read():
+    shades = [light(colour) for colour in RAMP]
+    steps = [math.dist(a[1], b[1]) for a, b in pairwise(shades)]
+    assert max(steps) / min(steps) < 1.1 and all(4 < b[1][0] - a[1][0] < 10 for a, b in pairwise(shades))
+    for index, (luminance, _) in enumerate(shades):
+        assert (1.05 / (luminance + 0.05) if index < DARK else (luminance + 0.05) / 0.05) >= 4.5
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +366,150 @@ def test_nothing_overlaps_or_is_cut(page, width):
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+# -- maps, in the browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mapped(browser, tmp_path):
+    browser.get(render(grids(), tmp_path / "page.html", title="maps").as_uri())
+    yield browser
+    assert not browser.execute_script("return window.hacked")
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def seen(page) -> dict[str, dict[str, list[str]]]:
+    """What is drawn: group -> map -> "class text" of the cells that pass the filters."""
+    return page.execute_script("""
+        const all = {};
+        for (const group of document.querySelectorAll(".map-group:not([hidden])"))
+            for (const map of group.querySelectorAll(".map:not([hidden])"))
+                (all[group.querySelector("b").textContent] ??= {})[map.querySelector("figcaption").textContent] =
+                    [...map.querySelectorAll("td[data-row]:not(.out)")]
+                        .map(cell => `${cell.className} ${cell.children[0].textContent}`);
+        return all;""")
+
+
+def choose(page, key: str, value: str) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    Select(page.find_element("id", f"filter-{key}")).select_by_value(f"={value}")
+
+
+def opened(page) -> list[str]:
+    return page.execute_script("return [...document.querySelectorAll('details[open]:not([hidden]) b')].map(b => b.textContent)")
+
+
+def test_without_a_filter_the_maps_are_those_of_the_file(mapped, tmp_path):
+    still = maps(render(grids(), tmp_path / "again.html").read_text())
+    drawn = {(group, name): cells for group, inside in seen(mapped).items() for name, cells in inside.items()}
+    assert {key: [c.rsplit(" ", 1)[0] for row in rows[1:] for c in row[1:]] for key, rows in still.items()} == drawn
+    assert opened(mapped) == ["clothes · knn/v1"]
+
+
+def test_maps_follow_the_filters_and_their_colours_span_what_is_left(mapped):
+    choose(mapped, "dataset", "digits")
+    choose(mapped, "protocol", "linear/v1")
+    assert list(seen(mapped)) == ["digits · linear/v1"] == opened(mapped)
+    assert set(seen(mapped)["digits · linear/v1"]) == {f"{EVIL} pretrained", "elastic pretrained", "elastic untrained"}
+    choose(mapped, "baseline", "untrained")
+    # 55.52 to 57.28: of a tenth of the span each, from the lowest
+    cells = ["v0 55.5", "v5 56.3", "v2 55.8", "v6 56.6", "v5 56.5", "v10 57.3"]
+    assert seen(mapped)["digits · linear/v1"] == {"elastic untrained": cells}
+    ramp = mapped.find_element("css selector", ".map-group[open]:not([hidden]) .ramp")
+    assert "55.5" in ramp.text and "57.3" in ramp.text
+    mapped.find_element("id", "search").send_keys("w64")
+    assert len(seen(mapped)["digits · linear/v1"]["elastic untrained"]) == 2
+    mapped.find_element("id", "search").send_keys("x")
+    assert seen(mapped) == {} and not mapped.find_element("id", "maps").is_displayed()
+    mapped.find_element("id", "reset").click()
+    mapped.execute_async_script("setTimeout(arguments[0])")
+    assert len(seen(mapped)) == 4 and mapped.find_element("id", "maps").is_displayed()
+
+
+def test_maps_can_be_walked_by_the_keyboard(mapped):
+    from selenium.webdriver.common.keys import Keys
+
+    def focused():
+        return mapped.switch_to.active_element
+
+    assert all(
+        n == 1
+        for n in mapped.execute_script(
+            "return [...document.querySelectorAll('.map')].map(m => m.querySelectorAll('td[tabindex=\"0\"]').length)"
+        )
+    )
+    mapped.find_element("css selector", ".map-group .scroll").click()
+    mapped.execute_script("document.querySelector('.map .scroll').focus()")
+    focused().send_keys(Keys.TAB)
+    steps = [
+        ("", "70.5"),
+        (Keys.ARROW_RIGHT, "71.3"),
+        (Keys.ARROW_RIGHT, "71.3"),
+        (Keys.ARROW_DOWN, "71.6"),
+        (Keys.ARROW_LEFT, "70.8"),
+    ]
+    for key, value in [*steps, (Keys.ARROW_LEFT, "70.8"), (Keys.ARROW_UP, "70.5"), (Keys.ARROW_UP, "70.5")]:
+        if key:
+            focused().send_keys(key)
+        assert focused().text.split()[0] == value
+        tip = mapped.find_element("id", "tip")
+        assert tip.is_displayed() and f"{value} %" in tip.text and "clothes · knn/v1 · pretrained" in tip.text
+    assert mapped.execute_script("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    mapped.find_element("id", "search").send_keys("w128")
+    assert all(cell.get_attribute("tabindex") for cell in mapped.find_elements("css selector", ".map td[class^=v]"))
+    assert not mapped.find_elements("css selector", ".map td.out[tabindex]")
+    mapped.execute_script("document.querySelector('.map td[tabindex=\"0\"]').focus()")
+    focused().send_keys(Keys.ENTER)
+    row = mapped.find_element("css selector", "tbody.hit")
+    assert "w128_d2" in row.text and row.find_element("css selector", ".details").is_displayed()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_cell_can_be_read(mapped, scheme):
+    mapped.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    try:
+        colours = mapped.execute_script("""
+            return [...document.querySelectorAll('.map td[data-row] > *')].map(text =>
+                [getComputedStyle(text).color, getComputedStyle(text.parentElement).backgroundColor])""")
+        assert len({colour for _, colour in colours}) > 3
+        for pair in set(map(tuple, colours)):
+            ink, ground = (light("#" + "".join(f"{int(n):02x}" for n in re.findall(r"\d+", colour)[:3]))[0] for colour in pair)
+            assert (max(ink, ground) + 0.05) / (min(ink, ground) + 0.05) >= 4.5, pair
+    finally:
+        mapped.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.mark.parametrize("width", [360, 1300])
+def test_many_depths_scroll_within_their_box(mapped, width):
+    mapped.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        choose(mapped, "protocol", "linear/v1")
+        choose(mapped, "dataset", "digits")
+        boxes = mapped.execute_script("""
+            const boxes = [...document.querySelectorAll('.map-group[open] .scroll')];
+            const wide = boxes.filter(box => box.scrollWidth > box.clientWidth);
+            for (const box of wide) box.scrollLeft = 300;
+            return wide.map(box => [box.getBoundingClientRect(), box.querySelector('tbody th').getBoundingClientRect()]
+                .map(r => [r.left, r.right]))""")
+        assert boxes and all(box[0] >= 0 and box[1] <= width and abs(head[0] - box[0]) < 4 for box, head in boxes)
+        assert mapped.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        mapped.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_without_javascript_the_maps_can_be_opened(browser, tmp_path):
+    path = render(grids(), tmp_path / "page.html")
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.get(path.as_uri())
+        groups = browser.find_elements("css selector", ".map-group")
+        assert [group.find_element("css selector", ".map-row").is_displayed() for group in groups] == [True, False, False, False]
+        assert "71.3\n69.3–73.3" in groups[0].text
+        groups[1].find_element("css selector", "summary").click()
+        assert "76.3\n74.3–78.3" in groups[1].text
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

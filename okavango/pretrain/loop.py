@@ -189,6 +189,8 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
             _export(_whole(objective, template, main), out, recipe, card, main)
         if main:
             learning_curves(out / "log.jsonl", out / "curves.png")
+            if hasattr(objective, "after_run"):
+                objective.after_run(out)
     accelerator.wait_for_everyone()  # the first process may still be writing
     log.close()
     return out

@@ -9,11 +9,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from pathlib import Path
 from random import Random
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from okavango.models.backbone import Backbone, Elastic
 from okavango.models.features import Features, Subnet
 from okavango.models.preprocess import Preprocess
 from okavango.pretrain import collectives
+from okavango.pretrain.draws import coverage_picture, drawn_order
 from okavango.pretrain.objectives.distillation import (
     Centre,
     ProjectionHeads,
@@ -69,11 +69,6 @@ class Collate:
             ratio=self.settings.mask_ratio,
         )
         return {"global": global_crops, "local": local_crops, "masks": torch.from_numpy(masks)}
-
-
-@lru_cache(maxsize=2)
-def _shuffled(size: int, seed: int) -> tuple[int, ...]:
-    return tuple(np.random.Generator(np.random.Philox(seed)).permutation(size).tolist())
 
 
 def hidden_tokens(features: Features, hidden: Tensor, cells: tuple[int, int]) -> Tensor:
@@ -172,7 +167,7 @@ class POA(nn.Module):
             return None
         rank = 0 if self.shared_subnet else collectives.rank()
         cycle, position = divmod(step, len(self.pool))
-        return self.pool[_shuffled(len(self.pool), derive(self.seed, "subnet", rank, cycle))[position]]
+        return self.pool[drawn_order(len(self.pool), self.seed, rank, cycle)[position]]
 
     def _branch(self, network: nn.ModuleDict, batch: dict, masks: Tensor | None, hidden: Tensor, subnet: Subnet | None):
         """One student: class features of the global crops, and per head the logits of (globals, locals, hidden patches)."""
@@ -306,6 +301,12 @@ class POA(nn.Module):
     def after_step(self, step: int) -> None:
         """Move the teacher towards the student."""
         lerp_parameters(self.teacher.parameters(), self.student.parameters(), self.momentum(step))
+
+    def after_run(self, out: Path) -> None:
+        """Draw how often each candidate was the elastic student, as `coverage.png`."""
+        if self.pool:
+            ranks = 1 if self.shared_subnet else collectives.world_size()
+            coverage_picture(out / "coverage.png", self.pool, seed=self.seed, steps=self.steps, ranks=ranks)
 
     def exports(self) -> dict[str, tuple[nn.Module, dict]]:
         """The teacher's backbone."""

@@ -10,6 +10,7 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from okavango.zoo.leaderboard.records import Record
 
 _SHARES = re.compile(r"(top|acc|r@|recall|precision|f1|map|miou|iou|dice)", re.IGNORECASE)
 _PNG = b"\x89PNG\r\n\x1a\n"
+_SUBNET = re.compile(r"w(\d+)_d(\d+(?:-\d+)*)")  # as `models.features.Subnet` prints it; that module would import torch
+
+#: Colours of the maps, from low to high: dark blue over teal to light yellow, each as far from the next in CIELAB and lighter.
+RAMP = (
+    *("#252b60", "#004377", "#005c87", "#00728e", "#198a95", "#2da199"),
+    *("#49b597", "#6fc691", "#99d58b", "#c4e289", "#efed8e"),
+)
+DARK = 4  # text is white on the first four, black on the others: at least 4.5 : 1
 
 
 def render(
@@ -27,8 +36,9 @@ def render(
 ) -> Path:
     """Write one HTML file that needs nothing else: no network, no other file.
 
-    Rows can be sorted and filtered, the plots follow the filters, each row opens its provenance. Without JavaScript the table is
-    still there. The file is replaced whole or not at all, and the same records give the same bytes.
+    Rows can be sorted and filtered, plots and maps follow the filters, each row opens its provenance. A map has a cell for each
+    width and depth of a model whose subnets were measured on a grid of at least 2 x 2. Without JavaScript table and maps are still
+    there. The file is replaced whole or not at all, and the same records give the same bytes.
 
     Args:
         records: in any order; the page begins with the highest value.
@@ -62,6 +72,9 @@ def render(
         rows=rows,
         points=_script_json([_point(record, row) for record, row in zip(records, rows, strict=True)]),
         filters=_filters(records),
+        map_groups=_map_groups(records),
+        ramp=RAMP,
+        dark=DARK,
         figures=figures,
         summary=_summary(records),
         heading=_heading(records),
@@ -221,6 +234,70 @@ def _milliseconds(number: float | None) -> str:
 
 def _plain(text: str) -> str:
     return "".join(character for character in text if unicodedata.category(character)[0] != "C")
+
+
+# -- maps of width x depth -----------------------------------------------------------------------------------------------
+
+
+def _map_groups(records: list[Record]) -> list[dict[str, Any]]:
+    """Grids of measured subnets: one group for each dataset, protocol and metric, one map in it for each model and baseline."""
+    grids: dict[tuple[str, str, str], dict[tuple[str, str], dict[tuple[int, tuple[int, ...]], int]]] = {}
+    for index, record in enumerate(records):
+        if (size := _size(record.subnet)) is None:
+            continue
+        group = grids.setdefault((record.dataset, record.protocol, record.metric), {})
+        grid = group.setdefault((record.name, record.baseline), {})
+        if size not in grid or records[grid[size]].created < record.created:  # measured twice: the newer counts
+            grid[size] = index
+    groups = []
+    for (dataset, protocol, metric), group in sorted(grids.items()):
+        kept = {key: grid for key, grid in group.items() if _covers_a_square(grid)}
+        if not kept:
+            continue
+        cells = [records[index] for grid in kept.values() for index in grid.values()]
+        low, high = min(cells, key=lambda r: r.value), max(cells, key=lambda r: r.value)
+        maps = [
+            {"name": name, "baseline": baseline, **_map(grid, records, low.value, high.value)}
+            for (name, baseline), grid in kept.items()
+        ]
+        unit = ", %" if all(map(_is_share, cells)) else ""
+        ends = {"low": _value(low, low.value), "high": _value(high, high.value)}
+        groups.append({"dataset": dataset, "protocol": protocol, "metric": metric, "unit": unit, "maps": maps, **ends})
+    return groups
+
+
+def _map(grid: Mapping[tuple[int, tuple[int, ...]], int], records: list[Record], low: float, high: float) -> dict[str, Any]:
+    """Rows are widths; columns are depths, by the number of blocks."""
+    depths = sorted({depth for _, depth in grid}, key=lambda depth: (sum(depth), depth))
+    rows = []
+    for width in sorted({width for width, _ in grid}):
+        cells: list[dict[str, Any] | None] = []
+        for depth in depths:
+            index = grid.get((width, depth))
+            if index is None:
+                cells.append(None)
+                continue
+            record = records[index]
+            # half a step up and down, as JavaScript's Math.round: the page colours anew what is left by its filters
+            level = int((len(RAMP) - 1) * (record.value - low) / (high - low) + 0.5) if high > low else len(RAMP) // 2
+            value = _value(record, record.value).removesuffix(" %")
+            cells.append({"row": index, "level": level, "value": value, "interval": _interval(record)})
+        rows.append({"width": width, "cells": cells})
+    return {"depths": ["-".join(map(str, depth)) for depth in depths], "rows": rows}
+
+
+def _size(subnet: str) -> tuple[int, tuple[int, ...]] | None:
+    """Width and depths (one number, or one per stage) of a subnet's name; None for another name."""
+    match = _SUBNET.fullmatch(subnet)
+    return (int(match[1]), tuple(map(int, match[2].split("-")))) if match else None
+
+
+def _covers_a_square(grid: Iterable[tuple[int, tuple[int, ...]]]) -> bool:
+    """True when two widths have two depths in common."""
+    depths: dict[int, set[tuple[int, ...]]] = {}
+    for width, depth in grid:
+        depths.setdefault(width, set()).add(depth)
+    return any(len(a & b) > 1 for a, b in combinations(depths.values(), 2))
 
 
 # -- the page as a whole -------------------------------------------------------------------------------------------------
