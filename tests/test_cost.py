@@ -32,8 +32,8 @@ VIT = {"min_width": 16, "max_width": 64, "width_step": 16, "head_dim": 16, "min_
     "recipe",
     [
         small("poa_tiny", **VIT),
-        small("poa_swin_tiny", min_width=16, max_width=64, width_step=16),
-        small("poa_resnet_tiny", max_width=32, max_depths=(1, 2, 2, 1)),
+        small("poa_swin_tiny", min_depth=1),
+        small("poa_resnet_tiny", max_depths=(1, 2, 3, 1)),
     ],
     ids=["vit", "swin", "resnet"],
 )
