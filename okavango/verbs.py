@@ -21,7 +21,7 @@ from okavango.data.sources import ImageFolder, Part, Source, cached, open_source
 from okavango.downstream.classification.features import Embedded, extract_features, raw_pixels
 from okavango.downstream.classification.head import Classifier
 from okavango.downstream.classification.protocols import SWEEPS, FittedSweep, Outcome, evaluate_features, fit, fit_sweep, resolve
-from okavango.models.backbone import Backbone, Elastic, create_model, latency, unknown_name
+from okavango.models.backbone import ArgumentError, Backbone, Elastic, create_model, latency, unknown_name
 from okavango.models.features import Subnet
 from okavango.pretrain import loop
 from okavango.pretrain.settings import Recipe
@@ -96,6 +96,9 @@ def _run(recipe: Recipe, data: str | Source | None, out: Path, say: Say) -> Path
     source = training_part(data if data is not None else recipe.data)
     if isinstance(data, str):
         recipe = dataclasses.replace(recipe, data=data)
+    if recipe.run.epochs:
+        steps = max(1, round(recipe.run.epochs * len(source) / recipe.run.batch))
+        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, steps=steps))
     torch.manual_seed(derive(recipe.run.seed, "initial weights"))
     backbone = starting_backbone(recipe)
     if recipe.run.activation_checkpointing:
@@ -139,13 +142,28 @@ def _final_record(online: OnlineKnn, out: Path, recipe: Recipe) -> None:
 
 
 def starting_backbone(recipe: Recipe) -> Backbone:
-    """The recipe's architecture with fresh weights, or those of the checkpoint it starts from."""
+    """The recipe's architecture with fresh weights, or those of the checkpoint it starts from.
+
+    Without an architecture of its own a recipe takes the checkpoint's; its `model_args` change arguments of that one then.
+
+    Raises:
+        ValueError: the architecture does not take an argument, or the weights do not fit.
+    """
     if not recipe.start:
         return create_model(recipe.model, **recipe.model_args)
     found = load(recipe.start)
-    if not recipe.model:
+    if not recipe.model and not recipe.model_args:
         return found.requires_grad_(True)
-    backbone = create_model(recipe.model, **recipe.model_args)
+    own = {} if recipe.model else found.arguments
+    try:
+        backbone = create_model(recipe.model or found.architecture, **{**own, **recipe.model_args})
+    except ArgumentError as error:
+        if recipe.model:
+            raise
+        raise ValueError(
+            f"recipe {recipe.name} sets {', '.join(recipe.model_args)} of {recipe.start}, but {error}; "
+            "extract a subnet first (okavango zoo extract), or use a recipe without model_args"
+        ) from error
     load_weights(backbone, found.state_dict())
     backbone.preprocess = found.preprocess
     return backbone

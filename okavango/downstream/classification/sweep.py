@@ -134,9 +134,8 @@ def train_sweep(
     """Train the 52 classifiers on one stream of random crops (8..100 % of the area) and flips; the backbone is frozen.
 
     10 passes over the pictures, but at least 500 steps, of 256 pictures, or of all where there are fewer. (The published ten epochs
-    are 12,500 steps of 2048, which is twenty passes over ImageNet-1k.) SGD with momentum 0.9, no weight decay; rate * batch / 256 falls to 0 by a
-    cosine.
-    Features are never kept, so memory does not grow with the data.
+    are 12,500 steps of 2048, which is twenty passes over ImageNet-1k.) SGD with momentum 0.9, no weight decay; rate * batch / 256
+    falls to 0 by a cosine. Features are never kept, so memory does not grow with the data.
 
     Args:
         source: labelled samples; classes: their names. seed: of order, crops and initial weights.
