@@ -101,10 +101,10 @@ def test_rand_augment():
 
 def test_erasing_comes_at_its_probability_in_one_rectangle():
     values = torch.zeros(3, 40, 40)
-    found = [erase(values, 0.25, seed) for seed in range(400)]
+    found = [erase(values, 0.25, seed) for seed in range(200)]
     assert not values.any()
     changed = [f for f in found if f.any()]
-    assert 70 <= len(changed) <= 130
+    assert 32 <= len(changed) <= 68
     for f in changed:
         rows, columns = torch.nonzero(f[0].any(1))[:, 0], torch.nonzero(f[0].any(0))[:, 0]
         area = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
