@@ -38,23 +38,27 @@ def evaluate(
     out: Path | None = None,
     seed: int = 0,
     batch: int = 256,
+    workers: int = 0,
 ) -> None:
     """Measure a frozen backbone on labelled pictures.
 
     Args:
         checkpoint: name in the zoo, folder, file, URL or hf://ORG/NAME; raw-pixels for the baseline that knows nothing.
         data: folder with train/ and test/ in it, or the test part; samples/fashion, samples/fashion:moved.
-        protocol: knn, logistic, linear, with or without a version such as knn/v1.
+        protocol: knn, logistic, linear, linear-sweep ..., with or without a version such as knn/v1; docs/evaluation.md has all.
         train: the training part, when it is not in `data`.
         subnets: w64_d2 ..., or all, of an elastic backbone.
         out: file of records (JSON lines) to append to.
         seed: of held-out parts and intervals.
         batch: pictures per forward pass.
+        workers: processes that read pictures.
     """
     at_least(1, batch=batch)
+    at_least(0, workers=workers)
     from okavango import verbs
 
-    verbs.evaluate(checkpoint, data=data, train=train, protocol=protocol, subnets=subnets, out=out, seed=seed, batch=batch, say=say)
+    passes = {"batch": batch, "workers": workers}
+    verbs.evaluate(checkpoint, data=data, train=train, protocol=protocol, subnets=subnets, out=out, seed=seed, say=say, **passes)
 
 
 def embed(
@@ -271,7 +275,7 @@ def leaderboard_run(
         checkpoints: see `evaluate`; NAME@all or NAME@w64_d2 takes subnets.
         data: see `evaluate`.
         out: file of records (JSON lines).
-        protocol: knn, logistic, linear.
+        protocol: knn, logistic, linear, linear-sweep ...; docs/evaluation.md has all.
         train: the training part, when it is not in `data`.
         seed: of held-out parts and intervals.
     """

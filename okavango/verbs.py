@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shlex
 import sys
@@ -18,11 +17,11 @@ import torch
 from torch import nn
 
 from okavango.data.loading import derive
-from okavango.data.sources import ImageFolder, Source, cached, open_source
+from okavango.data.sources import ImageFolder, Part, Source, cached, open_source
 from okavango.downstream.classification.features import Embedded, extract_features, raw_pixels
 from okavango.downstream.classification.head import Classifier
-from okavango.downstream.classification.protocols import Outcome, evaluate_features, fit, resolve
-from okavango.models.backbone import Backbone, Elastic, create_model, latency, unknown_name
+from okavango.downstream.classification.protocols import SWEEPS, FittedSweep, Outcome, evaluate_features, fit, fit_sweep, resolve
+from okavango.models.backbone import ArgumentError, Backbone, Elastic, create_model, latency, unknown_name
 from okavango.models.features import Subnet
 from okavango.pretrain import loop
 from okavango.pretrain.settings import Recipe
@@ -35,6 +34,7 @@ from okavango.zoo.loading import load_weights
 
 Say = Callable[[str], None]
 Embed = Callable[[Source], Embedded]
+Sweep = Callable[[Source, str, int], FittedSweep]
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -96,6 +96,9 @@ def _run(recipe: Recipe, data: str | Source | None, out: Path, say: Say) -> Path
     source = training_part(data if data is not None else recipe.data)
     if isinstance(data, str):
         recipe = dataclasses.replace(recipe, data=data)
+    if recipe.run.epochs:
+        steps = max(1, round(recipe.run.epochs * len(source) / recipe.run.batch))
+        recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, steps=steps))
     torch.manual_seed(derive(recipe.run.seed, "initial weights"))
     backbone = starting_backbone(recipe)
     if recipe.run.activation_checkpointing:
@@ -139,13 +142,28 @@ def _final_record(online: OnlineKnn, out: Path, recipe: Recipe) -> None:
 
 
 def starting_backbone(recipe: Recipe) -> Backbone:
-    """The recipe's architecture with fresh weights, or those of the checkpoint it starts from."""
+    """The recipe's architecture with fresh weights, or those of the checkpoint it starts from.
+
+    Without an architecture of its own a recipe takes the checkpoint's; its `model_args` change arguments of that one then.
+
+    Raises:
+        ValueError: the architecture does not take an argument, or the weights do not fit.
+    """
     if not recipe.start:
         return create_model(recipe.model, **recipe.model_args)
     found = load(recipe.start)
-    if not recipe.model:
+    if not recipe.model and not recipe.model_args:
         return found.requires_grad_(True)
-    backbone = create_model(recipe.model, **recipe.model_args)
+    own = {} if recipe.model else found.arguments
+    try:
+        backbone = create_model(recipe.model or found.architecture, **{**own, **recipe.model_args})
+    except ArgumentError as error:
+        if recipe.model:
+            raise
+        raise ValueError(
+            f"recipe {recipe.name} sets {', '.join(recipe.model_args)} of {recipe.start}, but {error}; "
+            "extract a subnet first (okavango zoo extract), or use a recipe without model_args"
+        ) from error
     load_weights(backbone, found.state_dict())
     backbone.preprocess = found.preprocess
     return backbone
@@ -162,26 +180,6 @@ class OnlineKnn:
         backbone = model if isinstance(model, Backbone) else cast(Backbone, model.backbone)
         bank, queries = (extract_features(backbone, part) for part in (self.bank, self.queries))
         return {"accuracy": evaluate_features(bank, queries, "knn/v1").value}
-
-
-class Part:
-    """Some samples of a source, as a source."""
-
-    def __init__(self, source: Source, indices: Iterable[int]):
-        self.source, self.indices = source, [int(i) for i in indices]
-        self.classes, self.name = source.classes, f"{source.name}[{len(self.indices)}]"
-        self.labels = None if source.labels is None else np.asarray(source.labels)[self.indices]
-
-    @property
-    def digest(self) -> str:
-        """Follows from the whole source's and the indices."""
-        return hashlib.sha256(f"{self.source.digest} {self.indices}".encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.source[self.indices[index]]
 
 
 # -- data in two parts ------------------------------------------------------------------------------------------------------
@@ -226,6 +224,7 @@ def evaluate(
     out: str | os.PathLike | None = None,
     seed: int = 0,
     batch: int = 256,
+    workers: int = 0,
     say: Say = print,
 ) -> list[Record]:
     """Measure a frozen backbone.
@@ -233,9 +232,10 @@ def evaluate(
     Args:
         checkpoint: anything `ok.load` takes, a backbone, or "raw-pixels" for the baseline that knows nothing.
         data: the test part, or both parts; see `train_and_test`. train: the training part.
-        protocol: "knn", "logistic" or "linear", or several.
+        protocol: "knn", "logistic", "linear", "linear-sweep" ..., or several; see `okavango.downstream.classification.protocols`.
         subnets: names such as "w64_d2", or "all", of an elastic backbone; none means the model as it is.
         out: file of records to append to.
+        batch: pictures per forward pass; workers: processes that read them, 0 for none but this one.
     Returns:
         One record per subnet and protocol.
     """
@@ -250,16 +250,17 @@ def evaluate(
         )
     if out is not None and Path(out).exists():
         read_records(out)  # refuses a file that holds something else, before anything is measured
-    if subnets:  # several passes
+    if (subnets or set(protocols) & set(SWEEPS)) and not workers:  # several passes
         train_source, test_source = cached(train_source), cached(test_source)
+    passes: dict[str, Any] = {"batch": batch, "workers": workers, "say": say}
     jobs: Iterable[tuple[Embed, dict[str, Any]]]
     if checkpoint == "raw-pixels":
         jobs = [raw_pixels_job(tuple(test_source[0]["image"].shape[-2:]))]
     elif isinstance(checkpoint, str):
         model, sha256 = open_model(checkpoint)
-        jobs = backbone_jobs(model, subnets, batch=batch, model=checkpoint, weights_sha256=sha256)
+        jobs = backbone_jobs(model, subnets, **passes, model=checkpoint, weights_sha256=sha256)
     else:
-        jobs = backbone_jobs(checkpoint, subnets, batch=batch, model=checkpoint.architecture)
+        jobs = backbone_jobs(checkpoint, subnets, **passes, model=checkpoint.architecture)
     records: list[Record] = []
     for embed_source, facts in jobs:
         for record in measure(embed_source, train_source, [test_source], protocols, seed=seed, out=out, **facts):
@@ -275,12 +276,20 @@ def raw_pixels_job(size: tuple[int, int], channels: int = 3) -> tuple[Embed, dic
 
 
 def backbone_jobs(
-    model: Backbone, /, subnets: Sequence[str] | str = (), *, batch: int = 256, **facts: Any
+    model: Backbone,
+    /,
+    subnets: Sequence[str] | str = (),
+    *,
+    batch: int = 256,
+    workers: int = 0,
+    say: Say = print,
+    **facts: Any,
 ) -> Iterator[tuple[Embed, dict[str, Any]]]:
-    """How to embed a source with a backbone, or with each of its subnets, and the facts of its records; for `measure`.
+    """How to embed a source with a backbone, or with each of its subnets, and the other arguments of `measure`.
 
     Args:
         subnets: see `chosen_subnets`.
+        batch: pictures per forward pass; workers: processes that read them; say: receives lines of progress of sweeps.
         **facts: fields of the records: model, baseline, weights_sha256 ...
     """
     for subnet in chosen_subnets(model, subnets):
@@ -289,8 +298,13 @@ def backbone_jobs(
             assert isinstance(model, Elastic)  # `chosen_subnets` refuses others
             sized = model.extract(subnet)
         own = {"parameters": sum(p.numel() for p in sized.parameters()), "latency_ms": latency(sized)}
-        name = str(subnet or "")
-        yield partial(extract_features, sized, batch=batch), {"subnet": name, **own, **facts}
+        sweep = partial(fit_sweep, sized, batch=batch, workers=workers, say=say)
+        embed_source = partial(extract_features, sized, batch=batch, workers=workers)
+        yield embed_source, {"subnet": str(subnet or ""), "sweep": sweep, **own, **facts}
+
+
+def _no_sweep(train: Source, protocol: str, seed: int) -> FittedSweep:
+    raise ValueError(f"protocol {protocol}: needs a backbone; bare pixels can be measured by knn, logistic and linear")
 
 
 def measure(
@@ -301,6 +315,7 @@ def measure(
     *,
     seed: int,
     out: str | os.PathLike | None = None,
+    sweep: Sweep = _no_sweep,
     **facts: Any,
 ) -> list[Record]:
     """Embed the training set once, fit each protocol once, measure on every test set.
@@ -308,10 +323,11 @@ def measure(
     Args:
         embed: source -> vectors.
         out: file of records to append to.
+        sweep: (training set, protocol, seed) -> fitted, for protocols that take pictures; the default refuses them.
         **facts: fields of the records.
     """
     records = []
-    for record, _ in outcomes(embed, train, tests, protocols, seed=seed, **facts):
+    for record, _ in outcomes(embed, train, tests, protocols, seed=seed, sweep=sweep, **facts):
         records.append(record)
         if out is not None:
             write_record(out, record)
@@ -319,21 +335,32 @@ def measure(
 
 
 def outcomes(
-    embed: Embed, train: Source, tests: Sequence[Source], protocols: Sequence[str], *, seed: int, **facts: Any
+    embed: Embed,
+    train: Source,
+    tests: Sequence[Source],
+    protocols: Sequence[str],
+    *,
+    seed: int,
+    sweep: Sweep = _no_sweep,
+    **facts: Any,
 ) -> Iterator[tuple[Record, Outcome]]:
     """As `measure`, each record together with what became of every test picture."""
-    bank = embed(train)
-    fitted = [fit(bank, protocol, seed) for protocol in protocols]
+    protocols = [resolve(protocol) for protocol in protocols]
+    sweeps = [sweep(train, protocol, seed) for protocol in protocols if protocol in SWEEPS]
+    bank = embed(train) if len(sweeps) < len(protocols) else None
+    fitted = [] if bank is None else [fit(bank, protocol, seed) for protocol in protocols if protocol not in SWEEPS]
     for test in tests:
-        queries = embed(test)
         where = {
             "dataset": test.name,
             "train_manifest_sha256": train.digest,
             "test_manifest_sha256": test.digest,
         }
-        for protocol in fitted:
-            outcome = protocol.score(queries)
-            yield outcome_record(protocol.protocol, outcome, seed=seed, **where, **facts), outcome
+        found = {each.protocol: each.score(test) for each in sweeps}
+        if fitted:
+            queries = embed(test)
+            found |= {each.protocol: each.score(queries) for each in fitted}
+        for protocol in protocols:
+            yield outcome_record(protocol, found[protocol], seed=seed, **where, **facts), found[protocol]
 
 
 def open_model(checkpoint: str) -> tuple[Backbone, str]:

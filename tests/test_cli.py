@@ -314,6 +314,8 @@ MISTAKES = {
     "evaluate golden --data classes --subnets small": "expected the form w256_d8",
     "evaluate resnet --data classes --subnets w8_d1": "is not elastic",
     "evaluate golden --data classes --batch 0": "--batch 0",
+    "evaluate golden --data classes --workers -1": "--workers -1",
+    "evaluate raw-pixels --data classes --protocol linear-sweep": "needs a backbone",
     "evaluate golden --data classes --out empty": "empty",
     "evaluate weightless --data classes": "the file is missing",
     "evaluate torn --data classes": "bytes",

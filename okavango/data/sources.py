@@ -554,6 +554,26 @@ def _read_span(path: Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
+class Part:
+    """Some samples of a source, as a source."""
+
+    def __init__(self, source: Source, indices: Iterable[int]):
+        self.source, self.indices = source, [int(i) for i in indices]
+        self.classes, self.name = source.classes, f"{source.name}[{len(self.indices)}]"
+        self.labels = None if source.labels is None else np.asarray(source.labels)[self.indices]
+
+    @property
+    def digest(self) -> str:
+        """Follows from the whole source's and the indices."""
+        return hashlib.sha256(f"{self.source.digest} {self.indices}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source[self.indices[index]]
+
+
 def cached(source: Source, limit: int = 2**30) -> Source:
     """The same source, which keeps the samples it has decoded, so that several passes decode once.
 

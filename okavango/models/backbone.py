@@ -92,6 +92,14 @@ class Backbone(nn.Module):
     def forward(self, inputs: Inputs, *, present=None, token_mask=None, subnet=None, layers=()) -> Features:
         raise NotImplementedError
 
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """The norm after the last block, applied to tokens (..., D) of any layer, for those who read `Features.layers`.
+
+        Raises:
+            ValueError: the backbone has none, or its library does not tell it.
+        """
+        raise ValueError(f"{self.architecture}: has no final norm that could be applied to its layers")
+
     def layer_ids(self) -> dict[str, int]:
         """Parameter name -> depth for layer-wise learning-rate decay: 0 for the embedding, i + 1 for block i.
 

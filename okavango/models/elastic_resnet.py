@@ -388,11 +388,13 @@ def resnet(
     out_channels: int = 256,
     groups: int = 32,
     channels: int = 3,
+    drop_path: float = 0.0,
 ) -> ResNet:
     """A plain ResNet with group norm and the layout of an extracted subnet (timm's class inside); by default a ResNet-50.
 
     Args:
         width: channels inside the blocks of the first stage; depths: blocks of the four stages; others: see `ElasticResNet`.
+        drop_path: timm's rate of stochastic depth of the last block; it rises linearly from 0. Active in training mode only.
     Raises:
         ValueError: sizes that do not fit each other.
     """
@@ -404,6 +406,8 @@ def resnet(
         return nn.GroupNorm(groups if size % groups == 0 else 1, size)  # 1 for timm's own stem only, which is replaced then
 
     check_sizes(groups, (stem_channels, out_channels, width), depths, out_channels)
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path {drop_path}: expected 0 up to, not including, 1")
     depths, planes = tuple(depths), out_channels // timm_resnet.Bottleneck.expansion
     inside = dict(base_width=64 * (width + 0.01) / planes, norm_layer=norm)  # timm rounds planes * base_width / 64 down
     trunk = timm_resnet.ResNet(
@@ -412,6 +416,7 @@ def resnet(
         num_classes=0,
         in_chans=channels,
         channels=tuple(planes << stage for stage in range(STAGES)),
+        drop_path_rate=drop_path,
         **inside,
     )
     if stem_channels != trunk.conv1.out_channels:
@@ -430,6 +435,7 @@ def resnet(
         "out_channels": out_channels,
         "groups": groups,
         "channels": channels,
+        "drop_path": drop_path,
     }
     return ResNet(trunk, arguments=arguments)
 

@@ -519,6 +519,7 @@ class Swin(_Hierarchy):
 
     Args:
         width: of the first stage.
+        drop_path: rate of stochastic depth of the last block; it rises linearly from 0. Active in training mode only.
         embed_width: channels of the patch embedding, over which its norm is taken; the leading `width` of them go on. 0 is `width`.
         blocks: per stage a letter per block: "n" for plain windows, "s" for windows shifted by half.
         image_size, patch_size, window, head_dim, channels, mlp_ratio: see `ElasticSwin`.
@@ -539,6 +540,7 @@ class Swin(_Hierarchy):
         head_dim: int = 16,
         channels: int = 3,
         mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
     ):
         super().__init__()
         blocks, embed_width = tuple(blocks), embed_width or width
@@ -553,13 +555,17 @@ class Swin(_Hierarchy):
             "head_dim": head_dim,
             "channels": channels,
             "mlp_ratio": mlp_ratio,
+            "drop_path": drop_path,
         }
         check_sizes(self.arguments)
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path {drop_path}: expected 0 up to, not including, 1")
         if not 0 < width <= embed_width or width % head_dim:
             raise ValueError(f"width {width}: expected a multiple of head_dim {head_dim}, at most embed_width {embed_width}")
         if len(blocks) != STAGES or any(not letters or set(letters) - {"n", "s"} for letters in blocks):
             raise ValueError(f"blocks {blocks}: expected for each of four stages a letter per block, n or s")
-        self._build(blocks, width, embed_width, [0.0] * sum(map(len, blocks)))
+        total = sum(map(len, blocks))
+        self._build(blocks, width, embed_width, [drop_path * index / max(1, total - 1) for index in range(total)])
 
     def forward(self, inputs, *, present=None, token_mask=None, subnet=None, layers=()) -> Features:
         """Image (B, C, H, W) -> features; H and W are any multiples of the patch size. See `ElasticSwin.forward`."""

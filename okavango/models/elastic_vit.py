@@ -295,7 +295,7 @@ class ElasticViT(_Tokens, Supernet):
         return self._features(x, grid, kept, self.norm)
 
     def final_norm(self, tokens: Tensor) -> Tensor:
-        """The final layer norm, applied to tokens (..., width) of any layer."""
+        """See `Backbone.final_norm`; a subnet's tokens take the leading weights."""
         return layer_norm(tokens, self.norm)
 
     def attention_weights(self, inputs, layer: int = -1, subnet: Subnet | None = None) -> Tensor:
@@ -414,6 +414,10 @@ class ViT(_Tokens):
         assert isinstance(self.trunk.norm, nn.LayerNorm)
         return self._features(x, grid, kept, self.trunk.norm)
 
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """See `Backbone.final_norm`."""
+        return self.trunk.norm(tokens)
+
     def attention_weights(self, inputs, layer: int = -1, subnet: Subnet | None = None) -> Tensor:
         """Attention probabilities (B, heads, 1 + N, 1 + N) of one block."""
         if subnet is not None:
@@ -453,13 +457,19 @@ def vit(
     channels: int = 3,
     mlp_ratio: float = 4.0,
     layer_scale: float = 1e-5,
+    drop_path: float = 0.0,
     position_offset: float = 0.1,
 ) -> ViT:
-    """A plain vision transformer with the layout of an extracted subnet (timm's class inside)."""
+    """A plain vision transformer with the layout of an extracted subnet (timm's class inside).
+
+    `drop_path` is timm's: the rate of stochastic depth of the last block, to which it rises linearly from 0; in training mode only.
+    """
     from timm.models.vision_transformer import VisionTransformer
 
     arguments = dict(locals())
     arguments.pop("VisionTransformer")
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path {drop_path}: expected 0 up to, not including, 1")
     trunk = VisionTransformer(
         img_size=image_size,
         patch_size=patch_size,
@@ -469,6 +479,7 @@ def vit(
         num_heads=width // head_dim,
         mlp_ratio=(int(width * mlp_ratio + 1e-6) + 0.5) / width,  # timm rounds down, also where the product is a hair too small
         init_values=layer_scale,
+        drop_path_rate=drop_path,
         norm_layer=lambda size, **_: nn.LayerNorm(size, eps=NORM_EPS),
         num_classes=0,
     )

@@ -173,6 +173,10 @@ class Timm(Wrapped):
     def _features(self, images, wanted) -> Features:
         return _timm_features(self.trunk, images, wanted, self.feature_info, lambda x: self.trunk.forward_head(x, pre_logits=True))
 
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """timm's ``norm``, as its `forward_intermediates` applies it."""
+        return self.trunk.norm(tokens) if hasattr(self.trunk, "norm") else super().final_norm(tokens)
+
     def layer_ids(self) -> dict[str, int]:
         """From timm's group matcher: blocks, or stages of a hierarchical network; a final norm counts to the last of them."""
         return {f"trunk.{name}": i for name, i in _timm_layer_ids(self.trunk, self.feature_info).items()}
@@ -313,6 +317,10 @@ class TorchVision(Wrapped):
             maps=tuple(stages),
             strides=self.feature_info.strides,
         )
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """See `Backbone.final_norm`; vision transformers have one."""
+        return self.trunk.get_submodule("encoder.ln")(tokens) if self.kind == "vit" else super().final_norm(tokens)
 
     def layer_ids(self) -> dict[str, int]:
         """A parameter between two stages counts to the earlier one, one before the first to the embedding."""
@@ -462,6 +470,12 @@ class OpenClip(Wrapped):
             grid=grid if tokens else {},
             layers={i: Layer(blocks[i][0], {"image": blocks[i][1]}, grid) for i in wanted},
         )
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """See `Backbone.final_norm`; the norm of an attention pool is not meant for tokens of blocks."""
+        tower = self.trunk
+        norm = getattr(tower.trunk, "norm", None) if hasattr(tower, "trunk") else getattr(tower, "ln_post", None)
+        return super().final_norm(tokens) if norm is None or getattr(tower, "attn_pool", None) is not None else norm(tokens)
 
     def layer_ids(self) -> dict[str, int]:
         """Blocks or stages by their names; the final norm and the projection are not named."""

@@ -116,6 +116,8 @@ class Run:
 
     steps: int = 10_000
     """optimiser steps"""
+    epochs: float = 0.0
+    """passes over the data, from which `steps` follows then; 0 leaves `steps` as it is"""
     batch: int = 64
     """pictures per step, over all processes and accumulation"""
     seed: int = 0
@@ -150,7 +152,7 @@ class Run:
     def check(self, prefix: str = "") -> None:
         """Refuse values out of range; see `require`."""
         require(self, prefix, 1, names="steps batch accumulate save_every keep log_every")
-        require(self, prefix, 0, names="seed workers eval_every threads")
+        require(self, prefix, 0, names="epochs seed workers eval_every threads")
         require(self, prefix, 0, 1, names="bad_share")
         if self.batch % self.accumulate:
             raise SettingError(f"--batch {self.batch}: expected a multiple of --accumulate {self.accumulate}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from okavango.pretrain.settings import Optim, Recipe, Run
 
@@ -22,6 +23,16 @@ class ClassifierSettings:
     """area of a training crop over the area of the picture"""
     flip: float = 0.5
     """probability of a horizontal flip"""
+    randaugment: str = ""
+    """timm's policy of RandAugment, such as rand-m9-mstd0.5-inc1; none where empty"""
+    erasing: float = 0.0
+    """probability that a rectangle becomes noise"""
+    mixup: float = 0.0
+    """parameter of the Beta distribution of mixup, 0 for none"""
+    cutmix: float = 0.0
+    """parameter of the Beta distribution of CutMix, 0 for none; with mixup, one of the two is drawn for each batch"""
+    pool: Literal["pooled", "stages"] = "pooled"
+    """what is classified: the pooled features, or the concatenated means of the last three stages"""
 
     def build(self, backbone, classes, run):
         """The objective for a backbone and the classes of the data."""
@@ -39,7 +50,7 @@ class FinetuneRecipe(Recipe):
     """A recipe of classification; `start` names the checkpoint, whose architecture is used when `model` is empty."""
 
     model: str = ""
-    """architecture, "" for that of the checkpoint"""
+    """architecture, "" for that of the checkpoint, of which `model_args` change arguments then (drop_path)"""
     objective: ClassifierSettings = field(default_factory=ClassifierSettings)
     """settings of the classifier"""
 
@@ -66,4 +77,100 @@ def classify_frozen() -> FinetuneRecipe:
     )
 
 
-FINETUNE: dict[str, Callable[[], FinetuneRecipe]] = {"classify": classify, "classify_frozen": classify_frozen}
+IMAGENET_STEPS = 625  # of 2048 pictures: one pass over ImageNet-1k
+SCHEDULE_EPOCHS = 200  # that the published cosine is laid out over, however long the run
+
+
+def _published(
+    name: str, lr: float, layer_decay: float, epochs: int, drop_path: float, pool: Literal["pooled", "stages"] = "pooled"
+) -> FinetuneRecipe:
+    """POA's fine-tuning on ImageNet-1k (arXiv 2408.01031, D.2, and the released code); docs/evaluation.md says what is a guess."""
+    return FinetuneRecipe(
+        name=name,
+        model_args={"drop_path": drop_path},
+        objective=ClassifierSettings(
+            smoothing=0.1,
+            layer_decay=layer_decay,
+            crop_scale=(0.08, 1.0),
+            randaugment="rand-m9-mstd0.5-inc1",
+            erasing=0.25,
+            mixup=0.8,
+            cutmix=1.0,
+            pool=pool,
+        ),
+        optim=Optim(
+            lr=lr,
+            lr_batch=2048,
+            lr_scaling="linear",
+            lr_end=1e-6,
+            warmup=0.1,
+            stretch=epochs / SCHEDULE_EPOCHS,
+            weight_decay=(0.05, 0.05),
+            clip=0.0,
+            ema=0.7,
+        ),
+        run=Run(steps=epochs * IMAGENET_STEPS, batch=2048, precision="bf16", save_every=2000, workers=8),
+    )
+
+
+def classify_vit_s() -> FinetuneRecipe:
+    """POA's fine-tuning of ViT-S/16: 200 epochs of ImageNet-1k."""
+    return _published("classify_vit_s", lr=0.002, layer_decay=0.55, epochs=200, drop_path=0.1)
+
+
+def classify_vit_b() -> FinetuneRecipe:
+    """POA's fine-tuning of ViT-B/16: 100 epochs of ImageNet-1k, half of the cosine."""
+    return _published("classify_vit_b", lr=0.0007, layer_decay=0.4, epochs=100, drop_path=0.2)
+
+
+def classify_vit_l() -> FinetuneRecipe:
+    """POA's fine-tuning of ViT-L/16: 50 epochs of ImageNet-1k, a quarter of the cosine."""
+    return _published("classify_vit_l", lr=0.0018, layer_decay=0.6, epochs=50, drop_path=0.2)
+
+
+def classify_swin_t() -> FinetuneRecipe:
+    """POA's fine-tuning of Swin-T: 200 epochs of ImageNet-1k."""
+    return _published("classify_swin_t", lr=0.0014, layer_decay=0.6, epochs=200, drop_path=0.1)
+
+
+def classify_swin_s() -> FinetuneRecipe:
+    """POA's fine-tuning of Swin-S: 100 epochs of ImageNet-1k, half of the cosine."""
+    return _published("classify_swin_s", lr=0.001, layer_decay=0.4, epochs=100, drop_path=0.2)
+
+
+def classify_swin_b() -> FinetuneRecipe:
+    """POA's fine-tuning of Swin-B: 50 epochs of ImageNet-1k, a quarter of the cosine."""
+    return _published("classify_swin_b", lr=0.0007, layer_decay=0.55, epochs=50, drop_path=0.2)
+
+
+def classify_resnet_50() -> FinetuneRecipe:
+    """POA's fine-tuning of ResNet-50: 100 epochs of ImageNet-1k, half of the cosine; the means of three stages are classified."""
+    return _published("classify_resnet_50", lr=0.0014, layer_decay=0.6, epochs=100, drop_path=0.1, pool="stages")
+
+
+def classify_resnet_101() -> FinetuneRecipe:
+    """POA's fine-tuning of ResNet-101: 100 epochs of ImageNet-1k, half of the cosine; the means of three stages are classified."""
+    return _published("classify_resnet_101", lr=0.001, layer_decay=0.4, epochs=100, drop_path=0.2, pool="stages")
+
+
+def classify_resnet_152() -> FinetuneRecipe:
+    """POA's fine-tuning of ResNet-152: 100 epochs of ImageNet-1k, half of the cosine; the means of three stages are classified."""
+    return _published("classify_resnet_152", lr=0.0007, layer_decay=0.45, epochs=100, drop_path=0.2, pool="stages")
+
+
+FINETUNE: dict[str, Callable[[], FinetuneRecipe]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        classify,
+        classify_frozen,
+        classify_vit_s,
+        classify_vit_b,
+        classify_vit_l,
+        classify_swin_t,
+        classify_swin_s,
+        classify_swin_b,
+        classify_resnet_50,
+        classify_resnet_101,
+        classify_resnet_152,
+    )
+}

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from okavango.data.sources import BadSample
 from okavango.models.backbone import Backbone
-from okavango.models.features import Subnet, to_device
+from okavango.models.features import Features, Subnet, to_device
 from okavango.models.preprocess import Image, Preprocess, Raster
 
 
@@ -56,13 +56,19 @@ class Embedded:
         """
         if self.labels is None:
             raise ValueError("these samples have no labels; a part held out by class needs them")
-        rng, held = np.random.default_rng(seed), np.zeros(len(self), dtype=bool)
-        for label in np.unique(self.labels):
-            rows = rng.permutation(np.flatnonzero(self.labels == label))
-            held[rows[: min(max(1, round(share * len(rows))), len(rows) - 1)]] = True
-        if not held.any():
-            raise ValueError("every class has a single sample, so nothing can be held out; give at least two of one class")
+        held = held_out(self.labels, share, seed)
         return self.take(np.flatnonzero(~held)), self.take(np.flatnonzero(held))
+
+
+def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """The rows that `Embedded.split` holds out, bool (N,); see there."""
+    rng, held = np.random.default_rng(seed), np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        held[rows[: min(max(1, round(share * len(rows))), len(rows) - 1)]] = True
+    if not held.any():
+        raise ValueError("every class has a single sample, so nothing can be held out; give at least two of one class")
+    return held
 
 
 def image_modality(preprocess: Preprocess) -> str:
@@ -101,8 +107,10 @@ def extract_features(
     workers: int = 0,
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] | None = None,
+    layers: Sequence[int] = (),
+    read: Callable[[Features], Tensor] | None = None,
 ) -> Embedded:
-    """`Features.pooled` of every sample, in the order of the source.
+    """`Features.pooled` of every sample, or what else `read` makes of its features, in the order of the source.
 
     Args:
         model: the backbone; run in eval mode without gradients, its modes are restored.
@@ -113,6 +121,8 @@ def extract_features(
         workers: processes that read and preprocess; 0 does it here.
         dtype: computing precision by autocast; the features are float32 in any case.
         progress: called with (samples done, samples in total) after each batch.
+        layers: blocks that `read` finds in `Features.layers`.
+        read: the features of a batch -> (B, D), which is all that is kept of them; None takes `pooled`.
     Raises:
         ValueError: the backbone has no pooled features, or no sample could be read.
     """
@@ -134,10 +144,11 @@ def extract_features(
     with evaluating(model), torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for inputs, samples, failed in loader:
             if samples:
-                pooled = model(to_device(inputs, device), subnet=subnet).pooled
-                if pooled is None:
+                features = model(to_device(inputs, device), subnet=subnet, layers=layers)
+                kept = features.pooled if read is None else read(features)
+                if kept is None:
                     raise ValueError(f"{type(model).__name__} has no pooled features; choose a backbone that pools, or wrap it")
-                rows.append(pooled.float().cpu().numpy())
+                rows.append(kept.float().cpu().numpy())
             labels += [label for label, _ in samples]
             ids += [name for _, name in samples]
             bad += failed

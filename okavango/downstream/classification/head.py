@@ -6,16 +6,18 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from okavango.downstream.classification.augment import check_policy, erase, mix, rand_augment
 from okavango.downstream.classification.features import evaluating, image_modality
+from okavango.models._apply import resize_to
 from okavango.models.backbone import Backbone, Inputs
-from okavango.models.features import Subnet
+from okavango.models.features import Features, Subnet
 from okavango.models.preprocess import Preprocess
 
 
@@ -30,6 +32,11 @@ class Classifier(nn.Module):
         layer_decay: the learning rate of block i is multiplied by ``layer_decay ** (blocks + 1 - i)`` (ELECTRA, BEiT); 1 for none.
         crop_scale: smallest and largest share of a picture's area that a training crop keeps.
         flip: probability of mirroring left and right.
+        randaugment: policy of timm such as "rand-m9-mstd0.5-inc1", "" for none.
+        erasing: probability that a rectangle becomes noise.
+        mixup, cutmix: parameters of the Beta distributions by which a batch is mixed with itself, 0 for none; see `augment.mix`.
+        pool: "pooled" takes `Features.pooled`; "stages" the means of the last three stages of a hierarchical backbone, concatenated
+            (3584 numbers of a ResNet-50).
     Raises:
         ValueError: fewer than two classes, a name twice, or a setting out of range.
     """
@@ -44,6 +51,11 @@ class Classifier(nn.Module):
         layer_decay: float = 1.0,
         crop_scale: tuple[float, float] = (0.35, 1.0),
         flip: float = 0.5,
+        randaugment: str = "",
+        erasing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        pool: Literal["pooled", "stages"] = "pooled",
     ):
         super().__init__()
         if len(classes) < 2 or len(set(classes)) < len(classes):
@@ -58,12 +70,21 @@ class Classifier(nn.Module):
             raise ValueError(f"classifier: crop_scale={crop_scale}; expected 0 < low <= high <= 1")
         if not 0 <= flip <= 1:
             raise ValueError(f"classifier: flip={flip}; expected a probability, 0..1")
+        if not 0 <= erasing <= 1:
+            raise ValueError(f"classifier: erasing={erasing}; expected a probability, 0..1")
+        if mixup < 0 or cutmix < 0:
+            raise ValueError(f"classifier: mixup={mixup}, cutmix={cutmix}; expected at least 0")
+        if pool not in ("pooled", "stages"):
+            raise ValueError(f"classifier: pool={pool!r}; expected 'pooled' or 'stages'")
+        if randaugment:
+            check_policy(randaugment)
         self.classes = tuple(classes)
         self.frozen, self.smoothing, self.layer_decay = frozen, smoothing, layer_decay
         self.crop_scale, self.flip = (float(crop_scale[0]), float(crop_scale[1])), flip
+        self.randaugment, self.erasing, self.mixup, self.cutmix, self.pool = randaugment, erasing, mixup, cutmix, pool
         self.modality = image_modality(backbone.preprocess)
         self.backbone = backbone
-        self.head = nn.Linear(backbone.feature_info.channels, len(self.classes))
+        self.head = nn.Linear(_width(backbone, pool), len(self.classes))
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         if frozen:
@@ -84,7 +105,8 @@ class Classifier(nn.Module):
 
     def logits(self, inputs: Inputs, subnet: Subnet | None = None) -> Tensor:
         """Scores before the softmax, (B, classes)."""
-        pooled = self.backbone(inputs, subnet=subnet).pooled
+        features = self.backbone(inputs, subnet=subnet)
+        pooled = features.pooled if self.pool == "pooled" else _stage_means(features)
         if pooled is None:
             raise ValueError(f"{type(self.backbone).__name__} has no pooled features; a classifier needs a backbone that pools")
         return self.head(pooled)
@@ -96,10 +118,12 @@ class Classifier(nn.Module):
             batch: what `collate` made.
             step: not used; the objective contract has it.
         Returns:
-            "loss": scalar, with gradient; "accuracy": scalar, 0..1, on the augmented batch.
+            "loss": scalar, with gradient; "accuracy": scalar, 0..1, on the augmented batch; of a mixed one, against the labels that
+            its pictures had before.
         """
         logits = self.logits({self.modality: batch[self.modality]})
-        loss = F.cross_entropy(logits.float(), batch["label"], label_smoothing=self.smoothing)
+        target = batch.get("target", batch["label"])
+        loss = F.cross_entropy(logits.float(), target, label_smoothing=self.smoothing)
         return {"loss": loss, "accuracy": (logits.detach().argmax(dim=1) == batch["label"]).float().mean()}
 
     def predict(self, inputs: Inputs, *, subnet: Subnet | None = None) -> Tensor:
@@ -114,14 +138,19 @@ class Classifier(nn.Module):
 
     def transform(self, preprocess: Preprocess) -> TrainTransform:
         """The augmentation of one sample; a picklable value for loader workers."""
-        return TrainTransform(preprocess, self.modality, self.classes, self.crop_scale, self.flip)
+        strong: dict[str, Any] = {"randaugment": self.randaugment, "erasing": self.erasing}
+        return TrainTransform(preprocess, self.modality, self.classes, self.crop_scale, self.flip, **strong)
 
     def collate(self, samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Tensor]:
-        """Transformed samples -> {modality: float32 (B, C, H, W), "label": int64 (B,)}; `seed` is not used."""
-        return {
-            self.modality: torch.stack([sample[self.modality] for sample in samples]),
-            "label": torch.tensor([sample["label"] for sample in samples], dtype=torch.int64),
-        }
+        """Transformed samples -> {modality: float32 (B, C, H, W), "label": int64 (B,)}; where batches are mixed, by the seed, also
+        "target": float32 (B, classes).
+        """
+        images = torch.stack([sample[self.modality] for sample in samples])
+        labels = torch.tensor([sample["label"] for sample in samples], dtype=torch.int64)
+        if not self.mixup and not self.cutmix:
+            return {self.modality: images, "label": labels}
+        images, target = mix(images, labels, len(self.classes), self.mixup, self.cutmix, seed)
+        return {self.modality: images, "label": labels, "target": target}
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Trained parameters by layer and kind: vectors (biases, norms, scales) have no weight decay.
@@ -165,6 +194,11 @@ class Classifier(nn.Module):
             "layer_decay": self.layer_decay,
             "crop_scale": list(self.crop_scale),
             "flip": self.flip,
+            "randaugment": self.randaugment,
+            "erasing": self.erasing,
+            "mixup": self.mixup,
+            "cutmix": self.cutmix,
+            "pool": self.pool,
         }
         return {"entry": self.entry, "arguments": arguments}
 
@@ -173,14 +207,33 @@ class Classifier(nn.Module):
         return {"classifier": (self, {"task": "classification", **self.head_config()["arguments"]})}
 
 
+def _width(backbone: Backbone, pool: str) -> int:
+    """Inputs of the linear layer."""
+    info = backbone.feature_info
+    if pool == "pooled":
+        return info.channels
+    stages = dict(zip(info.strides, info.layer_channels, strict=True))  # of the last layer of each stride
+    if len(stages) < 3:
+        raise ValueError(f"classifier: pool='stages' needs stages of three strides; {backbone.architecture} has none")
+    return sum(list(stages.values())[-3:])
+
+
+def _stage_means(features: Features) -> Tensor | None:
+    return None if features.maps is None else torch.cat([stage.mean((2, 3)) for stage in features.maps[-3:]], 1)
+
+
 @dataclass(frozen=True)
 class TrainTransform:
     """Random resized crop, flip, then the checkpoint's own resize and normalisation of what is left.
+
+    With RandAugment the crop is resized first, so that shifts are shares of what the network sees; noise is put on what is
+    normalised.
 
     Attributes:
         preprocess: of the backbone; modality: which of its inputs gets the picture; classes: names of the labels.
         scale: range of the crop's share of the area; flip: probability.
         aspect: range of the crop's width / height, drawn evenly in its logarithm.
+        randaugment: policy, see `augment.rand_augment`, "" for none; erasing: probability of noise in a rectangle.
     """
 
     preprocess: Preprocess
@@ -189,6 +242,8 @@ class TrainTransform:
     scale: tuple[float, float]
     flip: float
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    randaugment: str = ""
+    erasing: float = 0.0
 
     def __call__(self, sample: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """One sample, augmented by the seed alone.
@@ -212,9 +267,16 @@ class TrainTransform:
         pixels = pixels[..., top : top + height, left : left + width]
         if rng.random() < self.flip:
             pixels = pixels.flip(-1)
-        resize = dataclasses.replace(self.preprocess.array(self.modality).resize, rule="exact", crop_ratio=1.0)
-        ready = self.preprocess.replace(self.modality, resize=resize)(**{self.modality: pixels})
-        return {self.modality: ready[self.modality][0], "label": int(label), "id": name}
+        spec = self.preprocess.array(self.modality)
+        resize = dataclasses.replace(spec.resize, rule="exact", crop_ratio=1.0)
+        if self.randaugment:
+            pixels = resize_to(pixels, spec.size, resize)
+            fill = spec.normalise.mean if len(spec.normalise.mean) == 3 else (0.5,) * 3
+            pixels = rand_augment(pixels, self.randaugment, fill, int(rng.integers(2**32)))
+        ready = self.preprocess.replace(self.modality, resize=resize)(**{self.modality: pixels})[self.modality][0]
+        if self.erasing:
+            ready = erase(ready, self.erasing, int(rng.integers(2**32)))
+        return {self.modality: ready, "label": int(label), "id": name}
 
 
 def crop_box(

@@ -1,6 +1,8 @@
-"""Named and versioned ways to measure frozen features: a number is comparable with another only under the same protocol.
+"""Named and versioned ways to measure a frozen backbone: a number is comparable with another only under the same protocol.
 
-A version never changes once it has been published; another choice of settings is another version.
+A version never changes once it has been published; another choice of settings is another version. Most protocols take features
+(`PROTOCOLS`); the linear sweeps (`SWEEPS`) take backbone and pictures, because they augment. Where a name has "best" in it, the
+test set itself chooses, as in publications: the number is a little too high, and comparable with published ones only.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from okavango.downstream.classification import knn, linear, logistic
-from okavango.downstream.classification.features import Embedded
-from okavango.models.backbone import unknown_name
+from okavango.data.sources import Part
+from okavango.downstream.classification import knn, linear, logistic, sweep
+from okavango.downstream.classification.features import Embedded, held_out
+from okavango.models.backbone import Backbone, unknown_name
 
 HELD_OUT = 0.1
 
@@ -51,6 +54,22 @@ def knn_v1(train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
         return predicted[20], {"accuracy_at_k": at}
 
     return predict, {"k": 20, "temperature": knn.TEMPERATURE, "similarity": "cosine", "bank": len(train)}
+
+
+def knn_best_v1(train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
+    """What POA and DINOv2 report: as `knn_v1`, with the k of 10, 20, 100, 200 that is best on the test set; the first of equals.
+
+    The weights are the same too: a softmax over the similarities of the 200 nearest, of which the k nearest are used.
+    """
+
+    def predict(test: Embedded) -> tuple[np.ndarray, dict[str, Any]]:
+        predicted = knn.knn_predict(train.features, _labels(train), test.features)
+        at = {k: float((classes == test.labels).mean()) for k, classes in predicted.items()}
+        best = max(at, key=at.__getitem__)
+        return predicted[best], {"k": best, "accuracy_at_k": {str(k): accuracy for k, accuracy in at.items()}}
+
+    settings = {"k_grid": list(knn.KS), "chosen_on": "test set", "temperature": knn.TEMPERATURE, "similarity": "cosine"}
+    return predict, {**settings, "bank": len(train)}
 
 
 def logistic_v1(train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
@@ -117,6 +136,29 @@ PROTOCOLS: dict[str, Protocol] = {
     "knn/v1": knn_v1,
     "logistic/v1": logistic_v1,
     "linear/v1": linear_v1,
+    "knn-best/v1": knn_best_v1,
+}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A protocol of 52 linear classifiers, of which one is reported; see `sweep.train_sweep`.
+
+    Attributes:
+        blocks: which feed the wide inputs, see `sweep.chosen_blocks`.
+        best_on_test: the best one is chosen on the test set after training on all of the training set. Otherwise on a held-out
+            tenth of the training set, after training on the rest.
+    """
+
+    blocks: sweep.Rule
+    best_on_test: bool = False
+
+
+SWEEPS: dict[str, Sweep] = {
+    "linear-sweep/v1": Sweep("even"),
+    "linear-sweep-best/v1": Sweep("even", best_on_test=True),  # POA's
+    "linear-sweep-last/v1": Sweep("last"),
+    "linear-sweep-last-best/v1": Sweep("last", best_on_test=True),  # DINOv2's
 }
 
 
@@ -130,11 +172,12 @@ def resolve(protocol: str) -> str:
         >>> resolve("knn")
         'knn/v1'
     """
-    if protocol in PROTOCOLS:
+    known = [*PROTOCOLS, *SWEEPS]
+    if protocol in known:
         return protocol
-    versions = [name for name in PROTOCOLS if name.startswith(f"{protocol}/v")]
+    versions = [name for name in known if name.startswith(f"{protocol}/v")]
     if not versions:
-        raise ValueError(unknown_name("protocol", protocol, PROTOCOLS))
+        raise ValueError(unknown_name("protocol", protocol, known))
     return max(versions, key=lambda name: int(name.rpartition("/v")[2]))
 
 
@@ -154,7 +197,7 @@ class Fitted:
     predict: Predict = field(repr=False)
 
     def score(self, test: Embedded) -> Outcome:
-        """Measure on a test set, which is never used to choose anything.
+        """Measure on a test set, which is never used to choose anything, but by ``knn-best``.
 
         Raises:
             ValueError: labels missing, an empty set, another width, or values that are not finite.
@@ -174,12 +217,14 @@ def fit(train: Embedded, protocol: str, seed: int = 0) -> Fitted:
     """Fit what a protocol fits.
 
     Args:
-        protocol: "knn", "logistic" or "linear", with or without a version such as "knn/v1".
+        protocol: one of `PROTOCOLS`, with or without the version: "knn/v1", "knn".
         seed: for held-out parts, initial weights and order.
     Raises:
-        ValueError: unknown protocol, labels missing, an empty set, or values that are not finite.
+        ValueError: unknown protocol, one of `SWEEPS`, labels missing, an empty set, or values that are not finite.
     """
     name = resolve(protocol)
+    if name in SWEEPS:
+        raise ValueError(f"protocol {name}: takes a backbone and pictures, not features; use fit_sweep")
     _check(name, "training", train)
     predict, settings = PROTOCOLS[name](train, seed)
     return Fitted(name, train.features.shape[1], settings, predict)
@@ -191,12 +236,84 @@ def evaluate_features(train: Embedded, test: Embedded, protocol: str, seed: int 
     return fit(train, protocol, seed).score(test)
 
 
-def _check(protocol: str, what: str, part: Embedded) -> None:
-    if part.labels is None:
+@dataclass(frozen=True, eq=False)
+class FittedSweep:
+    """A sweep trained on a training set; measures any number of test sets.
+
+    Attributes:
+        protocol: full name.
+        chosen: number of the reported classifier, None where each test set chooses its own.
+        settings: everything that was fixed or chosen in training.
+        trained: the classifiers. batch, workers: of the passes over test sets.
+    """
+
+    protocol: str
+    chosen: int | None
+    settings: dict[str, Any]
+    trained: sweep.Trained = field(repr=False)
+    batch: int
+    workers: int
+
+    def score(self, test: Any) -> Outcome:
+        """Measure on a test set, a labelled `okavango.data.sources.Source`.
+
+        Raises:
+            ValueError: labels missing, or no sample could be read.
+        """
+        _check_labels(self.protocol, "test", test.labels)
+        said = self.trained.classes(test, batch=self.batch, workers=self.workers)
+        accuracies = self.trained.accuracies(said)
+        chosen = int(accuracies.argmax()) if self.chosen is None else self.chosen
+        noted = {"test_accuracy": accuracies.tolist()} if self.chosen is None else {}
+        correct = said.features[:, chosen] == said.labels
+        return Outcome("accuracy", float(correct.mean()), correct, self.settings | noted | {"chosen": self.trained.choice(chosen)})
+
+
+def fit_sweep(
+    backbone: Backbone,
+    train: Any,
+    protocol: str,
+    seed: int = 0,
+    *,
+    batch: int = 256,
+    workers: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> FittedSweep:
+    """Train the classifiers of a sweep on a labelled source.
+
+    Args:
+        protocol: one of `SWEEPS`, with or without the version. seed: of the held-out part, order, crops and initial weights.
+        batch: pictures per forward pass where nothing is trained; workers: processes that load; say: receives lines of progress.
+    Raises:
+        ValueError: not a sweep, labels missing, or a backbone that has neither blocks nor stages.
+    """
+    name = resolve(protocol)
+    if name not in SWEEPS:
+        raise ValueError(f"protocol {name}: takes features, not a backbone and pictures; use fit")
+    _check_labels(name, "training", train.labels)
+    plan = SWEEPS[name]
+    options: dict[str, Any] = {"rule": plan.blocks, "seed": seed, "workers": workers, "say": say}
+    if plan.best_on_test:
+        trained = sweep.train_sweep(backbone, train, train.classes, **options)
+        return FittedSweep(name, None, {**trained.settings, "chosen_on": "test set"}, trained, batch, workers)
+    held = held_out(np.asarray(train.labels), HELD_OUT, seed)
+    trained = sweep.train_sweep(backbone, Part(train, np.flatnonzero(~held)), train.classes, **options)
+    rest = Part(train, np.flatnonzero(held))
+    accuracies = trained.accuracies(trained.classes(rest, batch=batch, workers=workers))
+    chosen = {"chosen_on": "held-out tenth of the training set", "held_out": len(rest), "held_out_accuracy": accuracies.tolist()}
+    return FittedSweep(name, int(accuracies.argmax()), {**trained.settings, **chosen}, trained, batch, workers)
+
+
+def _check_labels(protocol: str, what: str, labels: Any) -> None:
+    if labels is None:
         raise ValueError(f"protocol {protocol}: the {what} set has no labels; classification needs them")
-    if not len(part):
+    if not len(labels):
         raise ValueError(f"protocol {protocol}: the {what} set is empty")
-    if part.labels.min() < 0:
-        raise ValueError(f"protocol {protocol}: the {what} set has the label {part.labels.min()}; labels count from 0")
+    if np.min(labels) < 0:
+        raise ValueError(f"protocol {protocol}: the {what} set has the label {np.min(labels)}; labels count from 0")
+
+
+def _check(protocol: str, what: str, part: Embedded) -> None:
+    _check_labels(protocol, what, part.labels)
     if not np.isfinite(part.features).all():
         raise ValueError(f"protocol {protocol}: the features of the {what} set hold values that are not finite; check the model")
