@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT, weights
 
 from okavango import verbs
-from okavango.data.sources import cached, open_source
+from okavango.data.sources import Part, cached, open_source
 from okavango.pretrain import loop
 from okavango.zoo.leaderboard.records import Record, read_records
 
@@ -24,7 +24,7 @@ def script(monkeypatch):
 
 def some_pictures():
     train, test, moved = (open_source(f"samples/fashion:{part}") for part in ("train", "test", "moved"))
-    return cached(verbs.Part(train, range(60))), [cached(verbs.Part(part, range(20))) for part in (test, moved)]
+    return cached(Part(train, range(60))), [cached(Part(part, range(20))) for part in (test, moved)]
 
 
 def flat(settings: dict, prefix: str = "") -> dict:

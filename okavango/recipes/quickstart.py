@@ -12,7 +12,7 @@ import torch
 
 from okavango import verbs
 from okavango.data.loading import derive
-from okavango.data.sources import cached, open_source
+from okavango.data.sources import Part, cached, open_source
 from okavango.models.backbone import Backbone, create_model
 from okavango.models.elastic_vit import ElasticViT
 from okavango.models.features import Subnet
@@ -48,9 +48,9 @@ def quickstart(out: Path, *, steps: int = 0, seed: int = 0, say: Callable[[str],
         ("shipped", load(SHIPPED), {"model": SHIPPED, "weights_sha256": file_sha256(shipped / "model.safetensors")}),
     ]
     say("2. measuring five subnets of each, and raw pixels")
-    train = cached(verbs.Part(open_source("samples/fashion:train"), range(0, 10_000, 10_000 // BANK)))
+    train = cached(Part(open_source("samples/fashion:train"), range(0, 10_000, 10_000 // BANK)))
     tests = [open_source("samples/fashion:test"), open_source("samples/fashion:moved")]
-    tests = [cached(verbs.Part(test, range(0, len(test), len(test) // QUERIES))) for test in tests]
+    tests = [cached(Part(test, range(0, len(test), len(test) // QUERIES))) for test in tests]
     file = out / "records.jsonl"
     file.unlink(missing_ok=True)
     embed, facts = verbs.raw_pixels_job((28, 28), channels=1)
