@@ -8,6 +8,8 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -105,3 +107,9 @@ def publish(records: Iterable[Record], out: Path | None, title: str, pictures: M
         for record in records:
             write_record(out, record)
         print(f"records are in {out}, their page is {render(records, out.with_suffix('.html'), title, pictures)}")
+
+
+def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of a module in a process of its own, which begins with nothing in memory."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
