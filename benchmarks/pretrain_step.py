@@ -112,6 +112,7 @@ class Step:
         torch.manual_seed(run.seed)
         backbone = create_model(recipe.model, **recipe.model_args)
         self.objective = POA(backbone, settings, steps=run.steps, seed=run.seed).train()
+        self.model: torch.nn.Module = self.objective  # or what wraps it
         self.optimiser = Optimiser(self.objective.param_groups(), recipe.optim, run.steps, run.batch)
         channels, crops = len(backbone.preprocess.array().channels), settings.crops
         grid = (crops.global_size // backbone.mask_stride,) * 2
@@ -123,7 +124,7 @@ class Step:
         }
 
     def __call__(self, number: int) -> None:
-        self.objective(self.batch, number)["loss"].backward()
+        self.model(self.batch, number)["loss"].backward()
         self.optimiser.schedule(number)
         clip_gradients(self.objective.clip_groups(), self.optimiser.settings.clip)
         self.optimiser.adamw.step()
@@ -150,7 +151,7 @@ class MultiplyAdds:
             self.students[subnet] = self._count(subnet, ("global", "local"))
         return self.students[subnet]
 
-    def ratio(self, subnets: Sequence[Subnet]) -> float:
+    def ratio(self, subnets: Sequence[Subnet | None]) -> float:
         """Of a step with the elastic branch, on the average of these subnets, to one without."""
         without = self.teacher() + 3 * self.student(None)  # a backward pass multiplies twice as much as its forward pass
         return 1 + 3 * fmean(map(self.student, subnets)) / without
@@ -163,11 +164,11 @@ class MultiplyAdds:
         return counter.get_total_flops() // 2
 
 
-def stand_ins(pool: Sequence[Subnet], cost: Callable[[Subnet], int], draws: int) -> list[int]:
-    """Indices into the pool: the middle ones of `draws` equal parts of it in the order of cost; all for 0."""
-    order = sorted(range(len(pool)), key=lambda index: cost(pool[index]))
-    parts = min(draws, len(pool)) or len(pool)
-    return [order[int((part + 0.5) * len(pool) / parts)] for part in range(parts)]
+def stand_ins(costs: Sequence[float], draws: int) -> list[int]:
+    """Indices into the costs: the middle ones of `draws` equal parts of them in their order; all for 0."""
+    order = sorted(range(len(costs)), key=lambda index: costs[index])
+    parts = min(draws, len(costs)) or len(costs)
+    return [order[int((part + 0.5) * len(costs) / parts)] for part in range(parts)]
 
 
 def peak_of(recipe: PretrainRecipe, number: int, threads: int) -> float:
@@ -186,7 +187,7 @@ def measure(name: str, case: Case, *, repeats: int, draws: int, threads: int) ->
     poa, dinov2 = Step(case.whole()), Step(case.whole(elastic=False))
     counted = MultiplyAdds(poa)
     drawn = [poa.objective.draw(number) for number in range(len(poa.objective.pool))]  # one pass through the pool
-    numbers = stand_ins(drawn, counted.student, draws)
+    numbers = stand_ins([counted.student(subnet) for subnet in drawn], draws)
     subnets = [drawn[number] for number in numbers]
     candidates = {}
     for number, subnet in zip(numbers, subnets, strict=True):
