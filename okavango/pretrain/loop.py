@@ -78,8 +78,8 @@ def train(
     say = say if main else lambda line: None
     if recipe.run.precision == "bf16" and accelerator.device.type == "cpu" and emulates_bf16():
         say(
-            "--precision bf16: this processor has no instructions for it (AVX512-BF16, AMX) and emulates it, several times slower than "
-            "fp32; --precision fp32 is the faster choice here"
+            "--precision bf16: this processor has no instructions for it (AVX512-BF16, AMX) and emulates it, several times slower "
+            "than fp32; --precision fp32 is the faster choice here"
         )
     with state.run_lock(out) if main else nullcontext(), _StopSignal() as stop, ExitStack() as ending:
         return _train(
