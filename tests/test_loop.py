@@ -69,6 +69,39 @@ def test_switches_train(tmp_path, changes):
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in log_of(out))
 
 
+@pytest.mark.parametrize(
+    "text, emulated",
+    [
+        ("model name\t: x\nflags\t\t: fpu avx2 avx512f avx512bw\n\nflags\t\t: fpu avx2\n", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16\n", False),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", False),
+        ("flags\t\t: fpu avx512_bf16x\n", True),
+        ("BogoMIPS\t: 50\nFeatures\t: fp asimd sve\n", True),
+        ("BogoMIPS\t: 50\nFeatures\t: fp asimd i8mm bf16\n", False),
+        ("cpu\t: POWER9\n", None),
+        ("", None),
+    ],
+)
+def test_processors_that_emulate_bf16_are_told_by_their_abilities(tmp_path, text, emulated):
+    (tmp_path / "cpuinfo").write_text(text)
+    assert loop.emulates_bf16(tmp_path / "cpuinfo") is emulated
+
+
+def test_nothing_is_claimed_where_the_system_lists_no_abilities(tmp_path):
+    assert loop.emulates_bf16(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(
+    "precision, emulated, warned", [("bf16", True, 1), ("bf16", False, 0), ("bf16", None, 0), ("fp32", True, 0)]
+)
+def test_a_run_says_first_that_bf16_is_emulated(tmp_path, monkeypatch, precision, emulated, warned):
+    monkeypatch.setattr(loop, "emulates_bf16", lambda: emulated)
+    said = []
+    verbs.pretrain(tiny(precision=precision, steps=1), data=pictures(), out=tmp_path / "run", say=said.append)
+    assert [line for line in said if "emulates" in line] == [line for line in said[:1] if warned]
+    assert not warned or "--precision fp32" in said[0]
+
+
 def test_activation_checkpointing_changes_nothing(tmp_path):
     recipe = tiny(model_args={**tiny().model_args, "drop_path": 0.2})
     verbs.pretrain(recipe, data=pictures(), out=tmp_path / "a", say=quiet)

@@ -39,6 +39,17 @@ def sampling_pool(widths: Sequence[int], depths: Sequence[Depth], scale: float =
     return tuple(pool)
 
 
+def leading(tensor: Tensor, *sizes: int) -> Tensor:
+    """A view of the leading part of the first dimensions, and the tensor itself where nothing is cut.
+
+    A cut of nothing would cost a copy of the gradient in the backward pass.
+    """
+    for dim, size in enumerate(sizes):
+        if size < tensor.shape[dim]:
+            tensor = tensor.narrow(dim, 0, size)
+    return tensor
+
+
 def linear(x: Tensor, layer: nn.Linear, out: int, groups: int = 1, rescale: bool = True) -> Tensor:
     """A slice of a linear layer: the leading `x.shape[-1]` inputs and the leading `out` rows of each of `groups` equal row groups.
 
@@ -51,7 +62,7 @@ def linear(x: Tensor, layer: nn.Linear, out: int, groups: int = 1, rescale: bool
     weight: Tensor = layer.weight
     bias: Tensor = layer.bias
     if groups == 1:
-        weight, bias = weight[:out, :inputs], bias[:out]
+        weight, bias = leading(weight, out, inputs), leading(bias, out)
     elif groups * out != layer.out_features or inputs != layer.in_features:
         weight = weight.view(groups, -1, layer.in_features)[:, :out, :inputs].reshape(groups * out, inputs)
         bias = bias.view(groups, -1)[:, :out].reshape(-1)
@@ -71,7 +82,7 @@ def folded(weight: Tensor, bias: Tensor, inputs: int, out: int, groups: int = 1,
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """Layer norm over the active channels with the leading weights."""
     width = x.shape[-1]
-    return F.layer_norm(x, (width,), norm.weight[:width], norm.bias[:width], norm.eps)
+    return F.layer_norm(x, (width,), leading(norm.weight, width), leading(norm.bias, width), norm.eps)
 
 
 def add_residual(x: Tensor, branch: Callable[[Tensor], Tensor], rate: float, part_above: float = 0.1) -> Tensor:
@@ -88,7 +99,7 @@ def add_residual(x: Tensor, branch: Callable[[Tensor], Tensor], rate: float, par
         chosen = torch.randperm(samples, device=x.device)[:kept]
         return x.index_add(0, chosen, branch(x[chosen]).to(x.dtype), alpha=samples / kept)
     keep = torch.rand((samples,) + (1,) * (x.ndim - 1), device=x.device, dtype=x.dtype) >= rate
-    return x + branch(x) * keep / (1 - rate)
+    return x + branch(x) * (keep.to(x.dtype) / (1 - rate))  # a factor per sample spares a pass over all values
 
 
 class Sliced(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from okavango.models.backbone import Backbone, FeatureInfo, register, resolve_layers
-from okavango.models.elastic import Sliced, Supernet, default_preprocess, kept_blocks
+from okavango.models.elastic import Sliced, Supernet, default_preprocess, kept_blocks, leading
 from okavango.models.features import Features, Layer, Subnet
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def convolve(x: Tensor, conv: nn.Conv2d, out: int, rescale: bool = True) -> Tens
     Returns:
         (B, out, h, w), with `rescale` scaled by in_channels / inputs.
     """
-    inputs, weight = x.shape[1], conv.weight[:out]
+    inputs, weight = x.shape[1], leading(conv.weight, out)
     if inputs < conv.in_channels:  # a slice of the inputs is copied in any case, so the scale costs nothing here
         weight = weight[:, :inputs] * (conv.in_channels / inputs if rescale else 1)
     return F.conv2d(x, weight, None, conv.stride, conv.padding)
@@ -46,7 +46,7 @@ def convolve(x: Tensor, conv: nn.Conv2d, out: int, rescale: bool = True) -> Tens
 def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """Group norm over the active channels with the leading weights; the number of groups stays, the groups are smaller."""
     channels = x.shape[1]
-    return F.group_norm(x, norm.num_groups, norm.weight[:channels], norm.bias[:channels], norm.eps)
+    return F.group_norm(x, norm.num_groups, leading(norm.weight, channels), leading(norm.bias, channels), norm.eps)
 
 
 class Bottleneck(Sliced):

@@ -26,6 +26,7 @@ from okavango.models.elastic import (
     image_grid,
     kept_blocks,
     layer_norm,
+    leading,
     linear,
 )
 from okavango.models.features import Features, Layer, Subnet
@@ -44,7 +45,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), init))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma[: x.shape[-1]]
+        return x * leading(self.gamma, x.shape[-1])
 
 
 class Attention(Sliced):
@@ -102,7 +103,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor, width: int) -> Tensor:
         assert self.proj.bias is not None
-        out = F.conv2d(images, self.proj.weight[:width], self.proj.bias[:width], self.proj.stride)
+        out = F.conv2d(images, leading(self.proj.weight, width), leading(self.proj.bias, width), self.proj.stride)
         return out.flatten(2).transpose(1, 2)
 
 

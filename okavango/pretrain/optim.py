@@ -82,6 +82,7 @@ class Optimiser:
             lr=0.0,
             betas=settings.betas,
             eps=settings.eps,
+            fused=True,  # one pass over parameters and state instead of eight
         )
 
     def schedule(self, step: int) -> dict[str, float]:
@@ -110,7 +111,8 @@ class Optimiser:
             for parameter in group["params"]:
                 if state := by_name.get(self.names[id(parameter)]):
                     self.adamw.state[parameter] = {
-                        leaf: value.clone() if leaf == "step" else _like(parameter, value) for leaf, value in state.items()
+                        leaf: value.to(parameter.device, copy=True) if leaf == "step" else _like(parameter, value)
+                        for leaf, value in state.items()
                     }
 
 
@@ -135,10 +137,8 @@ def clip_gradients(groups: Iterable[Sequence[nn.Parameter]], limit: float) -> li
 
 @torch.no_grad()
 def lerp_parameters(average: Iterable[Tensor], current: Iterable[Tensor], momentum: float) -> None:
-    """average <- momentum * average + (1 - momentum) * current, in place, all tensors in a few kernels."""
-    average, current = [_local(a) for a in average], [_local(c) for c in current]
-    torch._foreach_mul_(average, momentum)
-    torch._foreach_add_(average, current, alpha=1 - momentum)
+    """average <- momentum * average + (1 - momentum) * current, in place, in one pass over the tensors."""
+    torch._foreach_lerp_([_local(a) for a in average], [_local(c) for c in current], 1 - momentum)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -71,13 +71,13 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     # floor, no row of zeros.
     greatest = scaled.amax(0) if len(scaled) else scaled.new_full(scaled.shape[1:], -torch.inf)
     assignment = (scaled - max_over_ranks(greatest)).clamp_min(-FLOOR).exp()
-    prototypes = assignment.shape[1]
+    # A factor per row and one per column stand for all the divisions: an iteration reads the matrix twice and writes nothing.
     samples = sum_over_ranks(torch.tensor(float(len(assignment)), device=logits.device))
-    assignment /= sum_over_ranks(assignment.sum())
+    rows = assignment.new_ones(len(assignment))
     for _ in range(iterations):
-        assignment /= sum_over_ranks(assignment.sum(0)) * prototypes
-        assignment /= assignment.sum(1, keepdim=True) * samples
-    return assignment * samples
+        columns = samples / (sum_over_ranks(rows @ assignment) * assignment.shape[1])
+        rows = 1 / (assignment @ columns)
+    return assignment.mul_(columns).mul_(rows[:, None])
 
 
 class Centre(nn.Module):

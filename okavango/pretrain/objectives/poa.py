@@ -248,7 +248,7 @@ class POA(nn.Module):
             for index, name in enumerate(("same_view_global", "same_view_local") if settings.same_view else ()):
                 terms[name] = torch.stack(
                     [
-                        cross_entropy((big[index] / temperature).float().softmax(-1), small[index], temperature).mean()
+                        cross_entropy((big[index].detach().float() / temperature).softmax(-1), small[index], temperature).mean()
                         for big, small in zip(intact, elastic, strict=True)
                     ]
                 )
