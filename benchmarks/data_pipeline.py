@@ -34,7 +34,6 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from okavango.data.loading import keep_freed_memory
 from okavango.data.multicrop import MultiCrop
 
 CASES = {
@@ -198,7 +197,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()  # as our loader does; here the others gain by it too
     torch.manual_seed(0)
     result: dict = {
         "benchmark": "data_pipeline",

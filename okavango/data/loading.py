@@ -6,8 +6,6 @@ another world size with the same global batch the order of samples is the same.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import hashlib
 import multiprocessing
@@ -170,7 +168,6 @@ def batch_loader(
     Raises:
         DataError: from a batch, in whichever process it happened.
     """
-    keep_freed_memory()
     forked = multiprocessing.get_start_method() == "fork"
     loader = DataLoader(
         _Caught(batches),
@@ -224,21 +221,8 @@ def _same(batch):
     return batch
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep up to 256 MiB that tensors gave back, rather than hand it to the system and fetch it again.
-
-    Each 4 KiB that are fetched again cost a page fault, which takes longer than most arithmetic on them. Where there is no glibc,
-    nothing is done.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: pieces below it come from what is kept
-        mallopt(-1, 2**28)  # M_TRIM_THRESHOLD
-
-
 def _start_worker(close_fds: Sequence[int], worker: int) -> None:
     torch.set_num_threads(1)
-    keep_freed_memory()  # a forked worker has it already, a spawned one does not
     # a signal to the whole group must not take the batches from a parent that is about to save and leave in order
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
