@@ -20,6 +20,8 @@ def main() -> None:
     clock.watch(state, "save_state")
     clock.watch(checkpoint, "save_checkpoint")  # before the loop takes its name
     crops = {"global_size": settings["global_size"], "local_size": settings["local_size"], "locals": settings["locals"]}
+    for name, value in settings.get("crops", {}).items():
+        crops[name] = tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
     ok.pretrain(
         "dinov2_vit_small",
         data=settings["data"],
@@ -46,7 +48,7 @@ def main() -> None:
             "objective.head_hidden": settings["hidden"],
             "objective.head_bottleneck": settings["bottleneck"],
             "objective.last_layer_freeze": 0.0,
-            **{f"objective.crops.{name}": value for name, value in {**crops, **settings.get("crops", {})}.items()},
+            **{f"objective.crops.{name}": value for name, value in crops.items()},
         },
     )
     clock.write(settings["notes"])
