@@ -1,9 +1,12 @@
-"""Multi-crop augmentation per core: ours against the usual one, PIL pictures through torchvision transforms as in DINOv2.
+"""Multi-crop augmentation per core: ours, PIL pictures through torchvision transforms as in DINOv2, and LightlyTrain's.
 
-    python benchmarks/data_pipeline.py [--repeats 5] [--out FILE.json]
+    python benchmarks/data_pipeline.py [--lightly PYTHON] [--repeats 5] [--out FILE.json]
 
-Both get decoded pictures and do the same at the same parameters; candidates take turns, the median of the repeats counts. One
-thread each. Rates are in pictures per second of processor time, so a busy machine disturbs them less; the load is in the output.
+In memory: ours and torchvision's get decoded pictures. From files: all get 256 px JPEGs, and read, decode, crop, colour, normalise
+and stack them. The same parameters for all, one thread each, candidates take turns. Rates are in pictures per second of processor
+time, so a busy machine disturbs them less; the load is in the output. With files, the crops are compared as well: two-sample
+Kolmogorov-Smirnov distances between ours and the others', of what was cut out (on pictures whose colours are coordinates, colour
+operations off) and of how it looks.
 """
 
 from __future__ import annotations
@@ -12,14 +15,22 @@ import argparse
 import json
 import os
 import platform
-import statistics
-import time
+import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
+from typing import Any
 
+import numpy as np
 import torch
 import torchvision
+from peers import CANDIDATES, STEP, run, write_pictures
+from PIL import Image
+from scipy.stats import ks_2samp
+from timing import interleave
+from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -29,6 +40,9 @@ CASES = {
     "28 px grey, 2x28 + 4x14": ((1, 28, 28), 64, MultiCrop(global_size=28, local_size=14, locals=4)),
     "256 px RGB, 2x224 + 8x96": ((3, 256, 256), 16, MultiCrop()),
 }
+FILES = MultiCrop(local_size=98)  # LightlyTrain's ViT has patches of 14 pixels
+PLAIN: dict[str, Any] = {"jitter": (0.0,) * 5, "grayscale": 0.0, "blur": (0.0,) * 3, "solarize": 0.0}
+BATCH = 16
 
 
 def pictures(shape: tuple[int, int, int], count: int) -> torch.Tensor:
@@ -48,9 +62,8 @@ def ours(crop: MultiCrop, images: torch.Tensor) -> Callable[[], object]:
     return run
 
 
-def usual(crop: MultiCrop, images: torch.Tensor) -> Callable[[], object]:
-    """One torchvision pipeline per crop on PIL pictures, then stacking."""
-    pils = [TF.to_pil_image(image).convert("RGB") for image in images]
+def usual(crop: MultiCrop, images: list[Image.Image] | list[Path]) -> Callable[[], tuple[Tensor, Tensor]]:
+    """One torchvision pipeline per crop on PIL pictures, or on files, then stacking."""
 
     def pipeline(size: int, scale: tuple[float, float], blur: float, solarize: float) -> v2.Compose:
         probability, *strengths = crop.jitter
@@ -73,14 +86,113 @@ def usual(crop: MultiCrop, images: torch.Tensor) -> Callable[[], object]:
     local = pipeline(crop.local_size, crop.local_scale, crop.blur[2], 0.0)
 
     def run():
+        pils = [image if isinstance(image, Image.Image) else Image.open(image).convert("RGB") for image in images]
         globals_ = torch.stack([make(picture) for make in (first, second) for picture in pils])
         return globals_, torch.stack([local(picture) for _ in range(crop.locals) for picture in pils])
 
     return run
 
 
+def in_memory(shape: tuple[int, int, int], count: int, crop: MultiCrop, repeats: int) -> dict:
+    """One of `CASES`."""
+    images = pictures(shape, count)
+    pils = [TF.to_pil_image(image).convert("RGB") for image in images]
+    seconds = interleave({"okavango": ours(crop, images), "pil_torchvision": usual(crop, pils)}, repeats)
+    return rates({name: [one / count for one in values] for name, values in seconds.items()}, crop)
+
+
+def rates(seconds: dict[str, list[float]], crop: MultiCrop) -> dict:
+    """Pictures per second of every repeat, their medians, and the medians of ours over the others'."""
+    every = {name: [round(1 / one, 1) for one in values] for name, values in seconds.items()}
+    medians = {name: median(values) for name, values in every.items()}
+    ratios = {name: round(medians["okavango"] / value, 2) for name, value in medians.items() if name != "okavango"}
+    return {"settings": asdict(crop), "median": medians, "all": every, "ratio": ratios}
+
+
+def from_files(lightly: str | None, repeats: int, work: Path) -> dict:
+    """Rates with reading and decoding, and how far the crops lie apart."""
+    write_pictures(work / "colours", BATCH * (repeats + 1))
+    ramp = np.arange(256, dtype=np.uint8)
+    (work / "places").mkdir()
+    for number in range(BATCH * (repeats + 1)):
+        coordinates = np.stack([np.tile(ramp, (256, 1)), np.tile(ramp[:, None], (1, 256)), np.full((256, 256), 128, np.uint8)], -1)
+        Image.fromarray(coordinates).save(work / "places" / f"{number:03d}.jpg", quality=100, subsampling=0)
+    pythons = {"okavango": sys.executable, "lightly": lightly}
+    settings = {**STEP, "workers": 0, "batch": BATCH, "steps": repeats + 1, "epochs": 1, "only_data": repeats}
+    settings |= {"global_size": FILES.global_size, "local_size": FILES.local_size, "locals": FILES.locals}
+    settings |= {"width": 64, "depth": 1}  # no step is made, a first try of ours apart
+    seconds: dict[str, list[float]] = {}
+    crops: dict[tuple[str, str], list[dict[int, np.ndarray]]] = {}
+    for kind, crop in (("places", replace(FILES, **PLAIN)), ("colours", FILES)):
+        for name in [name for name in pythons if pythons[name]]:
+            plain = {"geometry": True, "crops": PLAIN} if kind == "places" else {}
+            noted = run(str(pythons[name]), CANDIDATES[name], {**settings, **plain, "data": str(work / kind)}, work)
+            crops[kind, name] = [{int(side): values.astype(np.float32) for side, values in noted["crops"].items()}]
+            if kind == "colours":
+                seconds[name] = [one / BATCH for one in noted["data_seconds"]]
+        took, crops[kind, "pil_torchvision"] = by_torchvision(crop, sorted((work / kind).glob("*.jpg")), repeats)
+        if kind == "colours":
+            seconds["pil_torchvision"] = [one / BATCH for one in took]
+    return {**rates(seconds, FILES), "distances": distances(crops)}
+
+
+def by_torchvision(crop: MultiCrop, files: list[Path], repeats: int) -> tuple[list[float], list[dict[int, np.ndarray]]]:
+    """Seconds of each batch of files but the first, and the crops of all batches."""
+    batches = iter([usual(crop, files[start : start + BATCH]) for start in range(0, len(files), BATCH)])
+    made: list[dict[int, np.ndarray]] = []
+
+    def one() -> None:
+        made.append({part.shape[-1]: part.numpy() for part in next(batches)()})
+
+    return interleave({"pil_torchvision": one}, repeats)["pil_torchvision"], made
+
+
+def distances(crops: dict[tuple[str, str], list[dict[int, np.ndarray]]]) -> dict:
+    """Kolmogorov-Smirnov distance and p-value of every statistic, ours against each other candidate's."""
+    found: dict[str, dict] = {}
+    for kind, name in crops:
+        if name == "okavango":
+            continue
+        for side in (FILES.global_size, FILES.local_size):
+            a, b = (statistics(np.concatenate([one[side] for one in crops[kind, who]]), kind) for who in ("okavango", name))
+            for what in a:
+                test = ks_2samp(a[what], b[what])
+                label = f"{what}, {side} px, {len(a[what])} and {len(b[what])} crops"
+                found.setdefault(name, {})[label] = {"distance": round(test.statistic, 3), "p": round(test.pvalue, 4)}
+    return found
+
+
+def statistics(crops: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+    """Per crop (N, 3, S, S), normalised: where it was cut out ("places"), or how it looks ("colours")."""
+    shape = (1, 3, 1, 1)
+    values = crops * np.reshape(FILES.std, shape).astype(np.float32) + np.reshape(FILES.mean, shape).astype(np.float32)
+    if kind == "places":
+        side = values.shape[-1]
+        x, y = values[:, 0].mean(1), values[:, 1].mean(2)  # red is the column, green the row
+        width, height = ((line[:, -2] - line[:, 1]) * side / (side - 3) for line in (x, y))
+        return {
+            "area": np.abs(width * height),
+            "aspect": np.abs(width / height),
+            "left": np.minimum(x[:, 0], x[:, -1]),
+            "top": y[:, 0],
+            "flipped": (width < 0).astype(np.float32),
+        }
+    luma = 0.299 * values[:, 0] + 0.587 * values[:, 1] + 0.114 * values[:, 2]
+    chroma = values.max(1) - values.min(1)
+    angle = np.arctan2(3**0.5 * (values[:, 1] - values[:, 2]), 2 * values[:, 0] - values[:, 1] - values[:, 2])
+    return {
+        "brightness": luma.mean((1, 2)),
+        "contrast": luma.std((1, 2)),
+        "saturation": chroma.mean((1, 2)),
+        "hue": np.where(chroma.mean((1, 2)) > 0.02, np.arctan2(np.sin(angle).mean((1, 2)), np.cos(angle).mean((1, 2))), 0),
+        "grey": (chroma.mean((1, 2)) < 0.01).astype(np.float32),
+        "detail": np.abs(np.diff(luma, 2, axis=2)).mean((1, 2)) / luma.std((1, 2)).clip(1e-3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lightly", metavar="PYTHON", help="interpreter of LightlyTrain's environment")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -93,25 +205,10 @@ def main() -> None:
         "processors": os.cpu_count(),
         "load_before": os.getloadavg(),
         "repeats": given.repeats,
-        "cases": {},
+        "cases": {name: in_memory(*case, given.repeats) for name, case in CASES.items()},
     }
-    for name, (shape, count, crop) in CASES.items():
-        images = pictures(shape, count)
-        candidates = {"okavango": ours(crop, images), "pil_torchvision": usual(crop, images)}
-        rates: dict[str, list[float]] = {candidate: [] for candidate in candidates}
-        for repeat in range(given.repeats + 1):
-            for candidate, run in candidates.items():
-                start = time.process_time()
-                run()
-                if repeat:  # the first round warms up
-                    rates[candidate].append(count / (time.process_time() - start))
-        medians = {candidate: round(statistics.median(values), 1) for candidate, values in rates.items()}
-        result["cases"][name] = {
-            "settings": asdict(crop),
-            "median": medians,
-            "all": {candidate: [round(value, 1) for value in values] for candidate, values in rates.items()},
-            "ratio": round(medians["okavango"] / medians["pil_torchvision"], 2),
-        }
+    with tempfile.TemporaryDirectory(prefix="data-pipeline-") as work:
+        result["cases"]["256 px JPEG files, 2x224 + 8x98"] = from_files(given.lightly, given.repeats, Path(work))
     result["load_after"] = os.getloadavg()
     text = json.dumps(result, indent=2)
     print(text)
