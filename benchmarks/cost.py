@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from okavango.models.backbone import create_model
 from okavango.models.features import Subnet
-from okavango.pretrain.objectives.poa import POA
+from okavango.pretrain.objectives.poa import POA, hidden_tokens
 from okavango.pretrain.settings import PretrainRecipe
 from okavango.recipes import named
 
@@ -108,6 +108,18 @@ def student(objective: POA, subnet: Subnet | None) -> float:
     return multiply_adds(step) / PICTURES
 
 
+def teacher(objective: POA) -> float:
+    """Multiply-adds per picture of the teacher, whose targets are balanced afterwards, which is not counted."""
+    batch, hidden = contents(objective)
+
+    @torch.no_grad()
+    def look() -> None:
+        features = objective.teacher["backbone"](image=batch["global"])
+        objective.teacher["head"](torch.cat([features.pooled, hidden_tokens(features, hidden, objective._cells(batch))]))
+
+    return multiply_adds(look) / PICTURES
+
+
 def mean_over(pool: Sequence[Subnet], cost: Callable[[Subnet], float]) -> float:
     """Mean of a cost over subnets, counted at a few of them.
 
@@ -131,9 +143,8 @@ def mean_over(pool: Sequence[Subnet], cost: Callable[[Subnet], float]) -> float:
 def count(recipe: PretrainRecipe) -> Cost:
     """The cost of a recipe's step once patches are masked."""
     objective = build(recipe)
-    batch, hidden = contents(objective)
     return Cost(
-        teacher=multiply_adds(lambda: objective._targets(batch, hidden, objective.steps)) / PICTURES,
+        teacher=teacher(objective),
         intact=student(objective, None),
         elastic=mean_over(objective.pool, lambda subnet: student(objective, subnet)) if objective.pool else 0.0,
         backbone=sum(p.numel() for p in objective.teacher["backbone"].parameters()),
