@@ -300,6 +300,16 @@ class Adapted(Backbone):
                 module.train(mode)
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> Adapted:
+        """For what is trained; the frozen network stays frozen."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(requires_grad and self._is_own(name))
+        return self
+
+    @staticmethod
+    def _is_own(name: str) -> bool:
+        return not name.startswith("backbone.") or "lora_" in name
+
     def forward(self, inputs, *, present=None, token_mask=None, subnet=None, layers=()) -> Features:
         """As the backbone's, with the descriptors in `pooled` and `tokens`."""
         features = self.backbone(inputs, present=present, token_mask=token_mask, subnet=subnet, layers=layers)

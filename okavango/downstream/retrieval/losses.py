@@ -13,7 +13,7 @@ def similarity(a: Tensor, b: Tensor, *, single_by_place: bool = False) -> Tensor
 
     Args:
         a: local descriptors (B, n, C); b: (B, m, C); unit length.
-        single_by_place: with exactly one match, the mean cosine over equal cells instead, as the published code has it; m is n then.
+        single_by_place: with exactly one match, the mean cosine over equal cells instead, as the published code has it; m is n.
     Returns:
         (B,), -1..1.
     """
