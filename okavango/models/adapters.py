@@ -345,9 +345,7 @@ class Adapted(Backbone):
 
     def trained(self) -> dict[str, Tensor]:
         """What is not the frozen network's, by name: all that distinguishes this model from its backbone."""
-        return {
-            name: p for name, p in self.state_dict(keep_vars=True).items() if not name.startswith("backbone.") or "lora_" in name
-        }
+        return {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if self._is_own(name)}
 
 
 class AdaptedElastic(Adapted):

@@ -71,13 +71,15 @@ def classify_frozen() -> FinetuneRecipe:
 class PlaceSettings:
     """Place recognition with a frozen backbone; see `okavango.downstream.retrieval.head.PlaceRecognition`.
 
-    The first five say how a backbone is adapted; one that is adapted already stays as it is.
+    The first six say how a backbone is adapted; one that is adapted already stays as it is.
     """
 
     adapt: Literal["bottleneck", "lora", "none"] = "bottleneck"
     """what is trained inside the frozen backbone"""
     ratio: float = 0.5
     """channels of a bottleneck over those of its block"""
+    last: int = 0
+    """bottlenecks in this many blocks at the end only, 0 for all: blocks before them keep nothing for the backward pass"""
     rank: int = 8
     """rank of LoRA"""
     pool: Literal["gem", "mean", "max", "cls"] = "gem"
@@ -104,7 +106,7 @@ class PlaceSettings:
     def check(self, prefix: str = "objective.") -> None:
         """Refuse values out of range; see `require`."""
         require(self, prefix, 1, names="rank mine_every pool_size negatives")
-        require(self, prefix, 0, names="margin local_weight positive_radius")
+        require(self, prefix, 0, names="last margin local_weight positive_radius")
         require(self, prefix, self.positive_radius, names="negative_radius")
         require(self, prefix, 0.001, names="ratio")
 
@@ -115,7 +117,7 @@ class PlaceSettings:
 
         if not isinstance(backbone, Adapted):
             how: dict[str, Any] = {"kind": self.adapt}
-            how |= {"bottleneck": {"ratio": self.ratio}, "lora": {"rank": self.rank}, "none": {}}[self.adapt]
+            how |= {"bottleneck": {"ratio": self.ratio, "last": self.last}, "lora": {"rank": self.rank}, "none": {}}[self.adapt]
             width = backbone.feature_info.layer_channels[-1]
             backbone = adapt(backbone, adapt=how, pool=self.pool, local=(width // 4, width // 8) if self.local else ())
         return PlaceRecognition(
