@@ -196,6 +196,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--out", type=Path, help="a file *.jsonl for the records; a page is drawn beside it")
     given = parser.parse_args(arguments)
+    if given.what == "step" and given.steps < 3:
+        parser.error("--steps: expected at least 3, of which the first two warm up")
     with tempfile.TemporaryDirectory(prefix="peers-") as work:
         records = {"step": step, "whole": whole}[given.what](given, Path(work))
     publish(records, given.out, {"step": "One DINOv2 step", "whole": "DINOv2 runs from start to end"}[given.what])
