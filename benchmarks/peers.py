@@ -132,7 +132,8 @@ def step(given: argparse.Namespace, work: Path) -> list[Record]:
     records = []
     for name, runs in notes.items():
         facts = {"n": len(seconds[name]) * settings["batch"], "protocol": "dinov2_step/v1", "loads": loads, "times": seconds}
-        shared = {**settings, "data": "JPEGs of random colours", "equal": EQUAL[name], "trained_parameters": runs[0]["trained"]}
+        facts["dataset"] = "JPEGs of random colours"
+        shared = {**settings, "data": "", "equal": EQUAL[name], "trained_parameters": runs[0]["trained"]}
         ours = f"{median(seconds[name]) / median(seconds['okavango']):.2f} times ours"
         records += [
             speed_record("dinov2", metric, round(value, 3), baseline=name, settings=shared, label=name, notes=note, **facts)
@@ -156,7 +157,8 @@ def whole(given: argparse.Namespace, work: Path) -> list[Record]:
         took = {name: [one["ended"] - one["started"] for one in runs] for name, runs in notes.items()}
         for name, runs in notes.items():
             facts = {"n": pictures, "protocol": f"dinov2_run_{count}/v1", "loads": loads, "times": took, "baseline": name}
-            shared = {**settings, "data": f"{count} JPEGs of random colours", "equal": EQUAL[name]}
+            facts["dataset"] = f"{count} JPEGs of random colours"
+            shared = {**settings, "data": "", "equal": EQUAL[name]}
             values = {
                 "pictures per second, everything counted": pictures / median(took[name]),
                 "pictures per second of processor": pictures / median(one["processor"] for one in runs),
