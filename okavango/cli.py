@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -211,17 +211,33 @@ def zoo_export(checkpoint: Positional[str], out: Path, subnet: str = "") -> None
     say(f"{checkpoint} is in {out}")
 
 
-def zoo_convert(weights: Positional[Path], out: Path, image_size: int = 224, patch_size: int = 16, head_dim: int = 64) -> None:
-    """Turn a teacher checkpoint of the published POA code (ViT, Swin or ResNet) into a zoo checkpoint.
+def zoo_convert(
+    weights: Positional[Path],
+    out: Path,
+    family: Literal["poa", "selavpr"] = "poa",
+    image_size: int = 224,
+    patch_size: int = 16,
+    head_dim: int = 64,
+) -> None:
+    """Turn a published checkpoint, a teacher of POA (ViT, Swin or ResNet) or a SelaVPR, into a zoo checkpoint.
 
     Args:
         weights: .safetensors or .pth file; a pickle is read with weights_only.
         out: folder to write.
+        family: the published code that wrote it.
         image_size: side of the training image.
         patch_size: side of a patch of a ViT; the others' weights tell what they need.
         head_dim: channels per head of a ViT; the others' weights tell what they need.
     """
     from okavango.zoo.checkpoint import save_checkpoint
+
+    if family == "selavpr":
+        from okavango.zoo import selavpr
+
+        adapted, report = selavpr.read_official(weights, image_size=image_size, head_dim=head_dim)
+        save_checkpoint(adapted, out, card={"converted from": weights.name})
+        say(f"{report}\nthe model is in {out}")
+        return
     from okavango.zoo.poa import read_official
 
     model, left = read_official(weights, image_size=image_size, patch_size=patch_size, head_dim=head_dim)
@@ -322,7 +338,7 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
 }
 RUNS = {
     "pretrain": "Pretrain a backbone on a folder of pictures, or go on with a run.",
-    "finetune": "Fine-tune a checkpoint for classification on labelled pictures, or go on with a run.",
+    "finetune": "Fine-tune a checkpoint for a task on pictures of your own, or go on with a run.",
 }
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from okavango.data.loading import derive
+from okavango.data.places import Places, find_places
 from okavango.data.sources import ImageFolder, Source, cached, open_source
 from okavango.downstream.classification.features import Embedded, extract_features, raw_pixels
 from okavango.downstream.classification.head import Classifier
@@ -188,7 +189,9 @@ class Part:
 
 
 def training_part(data: str | Source) -> Source:
-    """The source itself, or its `train` folder where there is one."""
+    """The source itself, or its `train` folder where there is one; pictures of places where it holds a database and queries."""
+    if isinstance(data, str) and (places := find_places(data, "train")):
+        return Places(places)
     if isinstance(data, str) and Path(data).is_dir() and (Path(data) / "train").is_dir():
         return open_source(str(Path(data) / "train"))
     return open_source(data)

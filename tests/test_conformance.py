@@ -49,6 +49,7 @@ ELASTIC_RESNET = {
 }
 PLAIN_RESNET = {"image_size": 32, "width": 4, "depths": (1, 2, 1, 1), "stem_channels": 8, "out_channels": 16, "groups": 2}
 PLAIN = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "head_dim": 16}
+SELAVPR = {"image_size": 28, "width": 32, "depth": 1, "head_dim": 16, "table_size": 42}
 # Arguments that make an architecture small enough for a test; true sizes are looked at on the meta device below.
 NATIVE: dict[str, dict] = {
     "elastic_vit": ELASTIC,
@@ -75,6 +76,11 @@ NATIVE: dict[str, dict] = {
     "elastic_resnet_50": {**ELASTIC_RESNET, "channels": 1},
     "elastic_resnet_152": ELASTIC_RESNET,
     "resnet": PLAIN_RESNET,
+    "adapted": {"backbone": "elastic_vit", "backbone_args": ELASTIC, "pool": "gem", "local": (8, 4)},
+    "selavpr": {**SELAVPR, "registers": 4},
+    "selavpr_vit_small": SELAVPR,
+    "selavpr_vit_base": {**SELAVPR, "pool": "mean", "local": ()},
+    "selavpr_vit_large": {**SELAVPR, "adapters": {"kind": "lora", "rank": 2}},
 }
 WRAPPED: dict[str, dict] = {
     "timm/test_vit": {"image_size": 32},
@@ -116,8 +122,8 @@ def test_no_architecture_is_left_out():
     assert len({name.partition("/")[0] for name in WRAPPED}) == 3 and len(WRAPPED) >= 5
 
 
-# elastic_swin with other defaults: nothing new, and half a minute each
-REPEATED = ("elastic_swin_small", "elastic_swin_base")
+# elastic_swin and selavpr with other defaults: nothing new, and half a minute each
+REPEATED = ("elastic_swin_small", "elastic_swin_base", "selavpr_vit_base", "selavpr_vit_large")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +131,7 @@ REPEATED = ("elastic_swin_small", "elastic_swin_base")
 )
 def test_architectures(name, tmp_path, smallest_clip):
     checked = check_backbone(builder(name, {**NATIVE, **WRAPPED}[name]), tmp=tmp_path)
-    assert checked == [*RULES, *(["subnets"] if name.startswith("elastic") else []), "checkpoint", "export"]
+    assert checked == [*RULES, *(["subnets"] if name.startswith(("elastic", "adapted")) else []), "checkpoint", "export"]
 
 
 def test_an_extracted_model_is_a_backbone_like_any_other(tmp_path):
@@ -133,6 +139,7 @@ def test_an_extracted_model_is_a_backbone_like_any_other(tmp_path):
         lambda: create_model("elastic_vit", **ELASTIC).extract(Subnet(16, 2)),
         lambda: create_model("elastic_swin", **SWIN).extract(Subnet(8, (1, 1, 2, 1))),
         lambda: create_model("elastic_resnet", **ELASTIC_RESNET).extract(Subnet(4, (1, 2, 1, 1))),
+        lambda: create_model("adapted", **NATIVE["adapted"]).extract(Subnet(16, 2)),
     ):
         assert check_backbone(build, tmp=tmp_path, export=False) == [*RULES, "checkpoint"]
 
@@ -272,3 +279,17 @@ def test_classifier(recipe, architecture):
     assert check_objective(objective, pictures(4)) == OBJECTIVE_RULES
     trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
     assert (trained == {"head.weight", "head.bias"}) == objective.frozen
+
+
+@pytest.mark.parametrize("architecture", ["selavpr", "adapted", "vit", "elastic_resnet", "timm/test_resnet"])
+@pytest.mark.parametrize("settings", [{}, {"local": False, "mining": "random", "pool": "mean", "last": 1}])
+def test_place_recognition(architecture, settings):
+    recipe = named("places", "finetune")
+    settings = replace(recipe.objective, **settings)
+    settings.check()
+    run = replace(recipe.run, batch=2)
+    objective = settings.build(create_model(architecture, **{**NATIVE, **WRAPPED}[architecture]), (), run)
+    groups = [{"images": [sample["image"] for sample in pictures(4)], "id": str(i)} for i in range(2)]
+    assert check_objective(objective, groups) == OBJECTIVE_RULES
+    frozen = {name for name, parameter in objective.named_parameters() if not parameter.requires_grad}
+    assert frozen and all(name.startswith("backbone.backbone.") for name in frozen)

@@ -141,13 +141,15 @@ class _Tokens(Backbone):
         return interpolate_positions(tensor, self.native_grid, (side, side), self.position_offset)
 
     def _features(self, x: Tensor, grid: tuple[int, int], layers: dict[int, Tensor], norm: nn.LayerNorm) -> Features:
-        normed = layer_norm(x, norm)
+        normed, prefix = layer_norm(x, norm), self.feature_info.prefix
         return Features(
             pooled=normed[:, 0],
-            prefix=normed[:, :1],
-            tokens={"image": normed[:, 1:]},
+            prefix=normed[:, :prefix],
+            tokens={"image": normed[:, prefix:]},
             grid={"image": grid},
-            layers={i: Layer(prefix=y[:, :1], tokens={"image": y[:, 1:]}, grid={"image": grid}) for i, y in layers.items()},
+            layers={
+                i: Layer(prefix=y[:, :prefix], tokens={"image": y[:, prefix:]}, grid={"image": grid}) for i, y in layers.items()
+            },
         )
 
 
@@ -391,14 +393,18 @@ class ViT(_Tokens):
         width, depth = arguments["width"], arguments["depth"]
         self.head_dim = arguments["head_dim"]
         self.preprocess = default_preprocess(arguments["image_size"], arguments["channels"])
-        self.feature_info = FeatureInfo(width, depth, (width,) * depth, (self.patch_size,) * depth, prefix=1)
+        prefix = 1 + arguments["registers"]
+        self.feature_info = FeatureInfo(width, depth, (width,) * depth, (self.patch_size,) * depth, prefix=prefix)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         trunk, grid = self.trunk, image_grid(images, self.patch_size, "patch size")
         assert trunk.cls_token is not None and trunk.pos_embed is not None
         x = trunk.patch_embed.proj(images).flatten(2).transpose(1, 2)
         x = torch.cat([trunk.cls_token.expand(x.shape[0], -1, -1), x], 1)
-        return x + interpolate_positions(trunk.pos_embed, grid, self.native_grid, self.position_offset), grid
+        x = x + interpolate_positions(trunk.pos_embed, grid, self.native_grid, self.position_offset)
+        if trunk.reg_token is not None:  # registers have no position
+            x = torch.cat([x[:, :1], trunk.reg_token.expand(x.shape[0], -1, -1), x[:, 1:]], 1)
+        return x, grid
 
     def forward(self, inputs, *, present=None, token_mask=None, subnet=None, layers=()) -> Features:
         """Image (B, C, H, W) -> features; H and W are any multiples of the patch size."""
@@ -454,8 +460,9 @@ def vit(
     mlp_ratio: float = 4.0,
     layer_scale: float = 1e-5,
     position_offset: float = 0.1,
+    registers: int = 0,
 ) -> ViT:
-    """A plain vision transformer with the layout of an extracted subnet (timm's class inside)."""
+    """A plain vision transformer with the layout of an extracted subnet (timm's class inside), `registers` tokens if wanted."""
     from timm.models.vision_transformer import VisionTransformer
 
     arguments = dict(locals())
@@ -471,7 +478,11 @@ def vit(
         init_values=layer_scale,
         norm_layer=lambda size, **_: nn.LayerNorm(size, eps=NORM_EPS),
         num_classes=0,
+        reg_tokens=registers,
     )
+    if registers:  # timm would give them positions
+        trunk.pos_embed = nn.Parameter(torch.empty(1, 1 + (image_size // patch_size) ** 2, width))
+        nn.init.trunc_normal_(trunk.pos_embed, std=0.02)
     return ViT(trunk, position_offset=position_offset, arguments=arguments)
 
 

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from okavango.models.backbone import ArgumentError, unknown_name
+from okavango.models.backbone import ArgumentError, Backbone, unknown_name
 
 if TYPE_CHECKING:
     from okavango.models.wrapped import Wrapped
 
 
-def inject_lora(model: Wrapped, lora: int | Mapping[str, Any]) -> None:
-    """Put low-rank updates into a trunk, in place; everything else in it is frozen.
+def inject_lora(model: Backbone, lora: int | Mapping[str, Any]) -> None:
+    """Put low-rank updates into a backbone (its `trunk`, where another library's network is inside), in place; everything else in
+    it is frozen.
 
     Args:
         lora: rank, or {"rank", "alpha", "dropout", "targets"}; see `okavango.models.wrapped.create`.
@@ -31,26 +32,28 @@ def inject_lora(model: Wrapped, lora: int | Mapping[str, Any]) -> None:
     for key in settings:
         if key not in ("rank", "alpha", "dropout", "targets"):
             raise ArgumentError(unknown_name("setting of lora", key, ("rank", "alpha", "dropout", "targets")))
-    rank = settings.get("rank", 8)
-    names = settings.get("targets") or _lora_targets(model.trunk)
+    rank, trunk = settings.get("rank", 8), getattr(model, "trunk", model)
+    names = settings.get("targets") or _lora_targets(trunk)
     if not names:
         raise ArgumentError(f"{model.architecture}: has no linear layers in attention or MLP for lora; name others by targets")
     config = peft.LoraConfig(
         r=rank, lora_alpha=settings.get("alpha", rank), lora_dropout=settings.get("dropout", 0.0), target_modules=list(names)
     )
-    model.freeze()
-    peft.inject_adapter_in_model(config, model.trunk)
-    for name, parameter in model.trunk.named_parameters():
+    if freeze := getattr(model, "freeze", None):
+        freeze()
+    peft.inject_adapter_in_model(config, trunk)
+    for name, parameter in trunk.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
     # Some families use a layer's weight without calling the layer; an update there would do nothing, silently.
     idle: dict[str, Any] = {
-        name: m for name, m in model.trunk.named_modules() if isinstance(m, BaseTunerLayer) and not name.endswith(".out_proj")
+        name: m for name, m in trunk.named_modules() if isinstance(m, BaseTunerLayer) and not name.endswith(".out_proj")
     }
     count = len(idle)
     hooks = [m.register_forward_hook(lambda *_, name=name: idle.pop(name, None) and None) for name, m in list(idle.items())]
+    spec = model.preprocess.array()
     with torch.no_grad():
-        model.eval()(image=torch.zeros(1, 3, *model.preprocess.array().size))
+        model.eval()({next(iter(model.preprocess)): torch.zeros(1, len(spec.channels), *spec.size)})
     for hook in hooks:
         hook.remove()
     if idle:

@@ -109,8 +109,15 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
     run, rank, world = recipe.run, accelerator.process_index, accelerator.num_processes
     device, main = accelerator.device, accelerator.is_main_process
     template = copy.deepcopy(objective) if run.parallel == "fsdp" and world > 1 and main else None
+    objective = objective.to(device)
+    model = _distribute(objective, recipe, accelerator)
+    optimiser = Optimiser(objective.param_groups(), recipe.optim, run.steps, run.batch)
+    optimiser.adamw = accelerator.prepare_optimizer(optimiser.adamw)
+    average = _Average(objective, recipe.optim.ema)
+
+    start = _resume(objective, optimiser, average, recipe, out, accelerator, say)
     batches = Batches(
-        source,
+        _mined(objective, source, start),
         objective.transform(preprocess),
         objective.collate,
         batch=run.batch,
@@ -119,20 +126,13 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
         world=world,
         accumulate=run.accumulate,
     )
-    objective = objective.to(device)
-    model = _distribute(objective, recipe, accelerator)
-    optimiser = Optimiser(objective.param_groups(), recipe.optim, run.steps, run.batch)
-    optimiser.adamw = accelerator.prepare_optimizer(optimiser.adamw)
-    average = _Average(objective, recipe.optim.ema)
-
-    start = _resume(objective, optimiser, average, recipe, out, accelerator, say)
     log = _Log(out, recipe, accelerator, start)
     if start == 0:
         _preflight(objective, batches, accelerator, out, run, say)
     if main:
         state.write_json(out / "recipe.json", dataclasses.asdict(recipe))
     clock, bad_seen = _Clock(), 0
-    loader = ending.enter_context(closing(batch_loader(batches, start, run.steps, workers=run.workers)))
+    loader = ending.enter_context(closing(_batches(objective, source, batches, start, run)))
     objective.train()
     done = start
     totals: dict[str, Tensor] = {}
@@ -381,6 +381,27 @@ def _total_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# -- data -----------------------------------------------------------------------------------------------------------------
+
+
+def _mined(objective, source: Source, step: int) -> Source:
+    """What the next steps see: the source, or what an objective with `mine_every` chooses from it at multiples of that number."""
+    every = getattr(objective, "mine_every", 0)
+    if every and step % every == 0:
+        objective.mine(source, step)
+    return objective.samples(source) if every else source
+
+
+def _batches(objective, source: Source, batches: Batches, start: int, run: Run):
+    """(step, micro, batch) from step `start` on; the loader is started anew with each new choice of the objective."""
+    every = getattr(objective, "mine_every", 0) or run.steps
+    for first in range(start - start % every, run.steps, every):
+        if first > start:
+            batches.source = _mined(objective, source, first)
+        with closing(batch_loader(batches, max(first, start), min(first + every, run.steps), workers=run.workers)) as loader:
+            yield from loader
 
 
 # -- while it runs --------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from okavango.pretrain.settings import Optim, Recipe, Run
+from okavango.pretrain.settings import Optim, Recipe, Run, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,4 +67,115 @@ def classify_frozen() -> FinetuneRecipe:
     )
 
 
-FINETUNE: dict[str, Callable[[], FinetuneRecipe]] = {"classify": classify, "classify_frozen": classify_frozen}
+@dataclass(frozen=True, kw_only=True)
+class PlaceSettings:
+    """Place recognition with a frozen backbone; see `okavango.downstream.retrieval.head.PlaceRecognition`.
+
+    The first six say how a backbone is adapted; one that is adapted already stays as it is.
+    """
+
+    adapt: Literal["bottleneck", "lora", "none"] = "bottleneck"
+    """what is trained inside the frozen backbone"""
+    ratio: float = 0.5
+    """channels of a bottleneck over those of its block"""
+    last: int = 0
+    """bottlenecks in this many blocks at the end only, 0 for all: blocks before them keep nothing for the backward pass"""
+    rank: int = 8
+    """rank of LoRA"""
+    pool: Literal["gem", "mean", "max", "cls"] = "gem"
+    """how the global descriptor is pooled"""
+    local: bool = True
+    """train local descriptors for re-ranking as well"""
+    mine_every: int = 250
+    """steps between choices of positives and negatives"""
+    mining: Literal["partial", "full", "random"] = "partial"
+    """negatives: the nearest of some database pictures, the nearest of all, or any"""
+    pool_size: int = 1000
+    """database pictures that partial mining draws"""
+    negatives: int = 2
+    """negatives per query"""
+    positive_radius: float = 10.0
+    """metres within which a picture shows the same place"""
+    negative_radius: float = 25.0
+    """metres within which nothing is a negative"""
+    margin: float = 0.1
+    """of the triplet loss on global descriptors"""
+    local_weight: float = 1.0
+    """weight of the loss on local matches"""
+
+    def check(self, prefix: str = "objective.") -> None:
+        """Refuse values out of range; see `require`."""
+        require(self, prefix, 1, names="rank mine_every pool_size negatives")
+        require(self, prefix, 0, names="last margin local_weight positive_radius")
+        require(self, prefix, self.positive_radius, names="negative_radius")
+        require(self, prefix, 0.001, names="ratio")
+
+    def build(self, backbone, classes, run):
+        """The objective for a backbone; the data must be places."""
+        from okavango.downstream.retrieval.head import PlaceRecognition
+        from okavango.models.adapters import Adapted, adapt
+
+        if not isinstance(backbone, Adapted):
+            how: dict[str, Any] = {"kind": self.adapt}
+            how |= {"bottleneck": {"ratio": self.ratio, "last": self.last}, "lora": {"rank": self.rank}, "none": {}}[self.adapt]
+            width = backbone.feature_info.layer_channels[-1]
+            backbone = adapt(backbone, adapt=how, pool=self.pool, local=(width // 4, width // 8) if self.local else ())
+        return PlaceRecognition(
+            backbone,
+            batch=run.batch,
+            mine_every=self.mine_every,
+            mining=self.mining,
+            pool=self.pool_size,
+            negatives=self.negatives,
+            positive_radius=self.positive_radius,
+            negative_radius=self.negative_radius,
+            margin=self.margin,
+            local_weight=self.local_weight,
+            seed=run.seed,
+            workers=run.workers,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceRecipe(Recipe):
+    """A recipe of place recognition; `start` names the checkpoint, whose architecture is used when `model` is empty."""
+
+    model: str = ""
+    """architecture, "" for that of the checkpoint"""
+    objective: PlaceSettings = field(default_factory=PlaceSettings)
+    """settings of place recognition"""
+
+
+def places() -> PlaceRecipe:
+    """Adapt any checkpoint to place recognition: database/ and queries/ with positions in the names of their pictures."""
+    return PlaceRecipe(
+        name="places",
+        optim=Optim(lr=1e-4, lr_scaling="none", lr_end=1e-6, warmup=0.05, weight_decay=(0.0, 0.0), clip=1.0),
+        run=Run(steps=5000, batch=4),
+    )
+
+
+def selavpr_msls() -> PlaceRecipe:
+    """The published first stage of SelaVPR on MSLS: DINOv2 ViT-L/14, Adam at 1e-5; 10 epochs of 30,000 queries, not run by us."""
+    return PlaceRecipe(
+        name="selavpr_msls",
+        model="selavpr_vit_large",
+        model_args={"pretrained": True},
+        optim=Optim(lr=1e-5, lr_scaling="none", lr_end=1e-5, warmup=0.0, weight_decay=(0.0, 0.0), clip=0.0),
+        run=Run(steps=75_000, batch=4, save_every=1000, workers=8),
+    )
+
+
+def selavpr_pitts30k() -> PlaceRecipe:
+    """The published second stage of SelaVPR on Pitts30k, from what the first exported; 10 epochs of 5,000 queries; not run."""
+    recipe = selavpr_msls()
+    return replace(recipe, name="selavpr_pitts30k", model="", model_args={}, run=replace(recipe.run, steps=12_500))
+
+
+FINETUNE: dict[str, Callable[[], Recipe]] = {
+    "classify": classify,
+    "classify_frozen": classify_frozen,
+    "places": places,
+    "selavpr_msls": selavpr_msls,
+    "selavpr_pitts30k": selavpr_pitts30k,
+}

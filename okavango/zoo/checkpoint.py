@@ -141,6 +141,7 @@ def load_checkpoint(
     strict: bool = True,
     model: nn.Module | None = None,
     heads: Mapping[str, Head] | None = None,
+    base: str | os.PathLike | None = None,
 ) -> tuple[nn.Module, LoadReport]:
     """Build the model that a checkpoint holds and fill it.
 
@@ -154,6 +155,7 @@ def load_checkpoint(
         strict: see `load_weights`.
         model: filled instead of a new one; an objective or head takes all tensors of a checkpoint of its kind.
         heads: entry ("module:function") -> function of (backbone, arguments) that builds the head. Only these are ever called.
+        base: folder of the frozen backbone, for a checkpoint that holds only what was trained on it; None takes its parent's name.
     Returns:
         The model in eval mode, with the report also as ``model.load_report``.
     Raises:
@@ -188,6 +190,8 @@ def load_checkpoint(
             tensors = {name: file.get_tensor(name).clone() for name in names if name.startswith(prefix)}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: not a safetensors file ({error}); fetch or save the checkpoint again") from None
+    if config.get("partial"):
+        tensors |= _base_tensors(config["parent"], base)
     rename = {name: name.removeprefix(prefix) for name in tensors} if prefix else {}
     try:
         if model is None:
@@ -202,6 +206,17 @@ def load_checkpoint(
     report = dataclasses.replace(report, skipped={**report.skipped, **rest})
     model.load_report = report  # type: ignore[assignment]
     return model.to(device, dtype).eval(), report
+
+
+def _base_tensors(parent: Mapping[str, str], base: str | os.PathLike | None) -> dict[str, Tensor]:
+    """The frozen backbone's tensors out of the checkpoint that an adapted one was trained on, under their names inside it."""
+    folder = Path(parent["name"] if base is None else base)
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"base {folder}: no checkpoint there; this one holds only what was trained on it, name it by base=")
+    if (found := file_sha256(folder / WEIGHTS)) != parent["sha256"]:
+        raise CheckpointError(f"base {folder}: sha256 {found}; expected {parent['sha256']}, the one that was trained on")
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return {f"backbone.{name}": file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _build_and_load(
@@ -342,6 +357,7 @@ def save_checkpoint(
     backbone_prefix: str = "",
     head: Mapping[str, Any] | None = None,
     extra_config: Mapping[str, Any] | None = None,
+    base: str | os.PathLike | None = None,
 ) -> Path:
     """Write a checkpoint, whole or not at all; an older checkpoint at the same place is replaced.
 
@@ -359,16 +375,23 @@ def save_checkpoint(
         backbone_prefix: of the backbone's tensors inside an objective or head, e.g. "teacher.backbone.".
         head: ``{"entry": "module:function", "arguments": {...}}``, what rebuilds a head around its backbone.
         extra_config: further fields of `config.json`.
+        base: checkpoint folder of the frozen backbone of an adapted one: only what was trained is written, and `parent` names the
+            base, which loading needs again.
     Returns:
         The folder.
     Raises:
         CheckpointError: the folder holds something else, the backbone cannot be rebuilt, arguments are not JSON, the disk is full.
     """
     folder = Path(folder)
+    whole = model.state_dict()
+    if base is not None:
+        parent = {"name": os.fspath(base), "sha256": file_sha256(Path(base) / WEIGHTS)}
+        extra_config = {**(extra_config or {}), "partial": True}
+        whole = _without_base(model, parent)
     config = _config(model, kind, parent, subnet, backbone_prefix, head, extra_config or {})
     _refuse_foreign(folder)
     tensors = {}
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(whole.items()):
         tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
         tensors[name] = tensor.clone(memory_format=torch.contiguous_format)  # tied tensors share memory, the format allows none
     floats = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
@@ -393,6 +416,18 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written ({error}); free some space or choose another folder") from None
     return folder
+
+
+def _without_base(model: nn.Module, parent: Mapping[str, str]) -> dict[str, Tensor]:
+    """What an adapted backbone has beside its base, once all of the rest is known to be the base's."""
+    if not hasattr(model, "trained"):
+        raise CheckpointError(f"{type(model).__name__}: is not an adapted backbone; save it without base=")
+    frozen, own = _base_tensors(parent, None), dict(model.trained())
+    tensors = model.state_dict()
+    for name in tensors.keys() - own.keys():
+        if name not in frozen or not torch.equal(frozen[name], tensors[name].detach().cpu()):
+            raise CheckpointError(f"{type(model).__name__}: {name!r} is not that of {parent['name']}; save it without base=")
+    return own
 
 
 def _config(model, kind, parent, subnet, prefix, head, extra) -> dict[str, Any]:

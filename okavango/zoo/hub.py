@@ -96,10 +96,12 @@ def load(
         HubError: it cannot be found or fetched.
         CheckpointError: it is damaged or does not fit.
     """
-    from okavango.zoo.checkpoint import load_checkpoint
+    from okavango.zoo.checkpoint import load_checkpoint, read_config
 
     folder = resolve(spec, offline=offline, revision=revision, cache=cache)
-    return load_checkpoint(folder, device=device, dtype=dtype, strict=strict, heads=heads)[0]
+    config = read_config(folder)
+    base = resolve(config["parent"]["name"], offline=offline, cache=cache) if config.get("partial") else None
+    return load_checkpoint(folder, device=device, dtype=dtype, strict=strict, heads=heads, base=base)[0]
 
 
 def resolve(
