@@ -137,7 +137,7 @@ def database_and_queries(
         raise ValueError("retrieval needs a database and queries: give --data FOLDER with both in it, or --database and --queries")
     if database is not None and queries is not None:
         parts = [open_source(part) for part in (database, queries)]
-        return *map(_with_ids, parts), f"{parts[0].name}+{parts[1].name}"
+        return _with_ids(parts[0]), _with_ids(parts[1]), f"{parts[0].name}+{parts[1].name}"
     if isinstance(data, str) and data.startswith("samples/"):
         places = open_source(data if ":" in data else f"{data}:test")
     elif isinstance(data, str | os.PathLike):
@@ -146,7 +146,7 @@ def database_and_queries(
         places = data  # type: ignore[assignment]
     if not isinstance(places, Places):
         raise ValueError(f"{getattr(places, 'name', data)}: no database and queries in it; give --database and --queries")
-    return *places.parts, places.name
+    return places.parts[0], places.parts[1], places.name
 
 
 def _with_ids(source: Any) -> Any:
@@ -181,7 +181,7 @@ def ranking_records(ranking: Ranking, about: dict[str, Any], *, seed: int, **fac
     precisions = metrics.average_precisions(right, ranking.positives)
     values["mAP"] = precisions[~np.isnan(precisions)]
     versions, hardware = environment()
-    common = {"settings": about, "versions": versions, "hardware": hardware, "command": command_line(), "created": now()}
+    common: dict[str, Any] = {"settings": about, "versions": versions, "hardware": hardware, "command": command_line(), "created": now()}
     return [
         Record(metric=name, value=float(each.mean()), n=len(each), interval=bootstrap(each, seed), seed=seed, **common, **facts)
         for name, each in values.items()
@@ -290,7 +290,8 @@ def search(
         (query, [(name, Euclidean distance), ...]) for each query that could be read.
     """
     opened = Index(index)
-    names, bad = opened.names, []
+    names = opened.names
+    bad: list[tuple[int, str]] = []
     results: list[tuple[str, list[tuple[str, float]]]] = []
     vectors = []
     for ids, rows in described(_describer_of(opened, checkpoint), open_source(data), batch=batch, workers=workers, bad=bad):

@@ -21,6 +21,7 @@ from okavango.downstream.retrieval.store import write_whole
 
 SIDE = 132  # pixels of a picture's longer side in a strip
 LINES = 60  # matches that are drawn on a pair
+GAP = 60.0  # metres: wider stretches without any picture are drawn as this
 
 
 def render(
@@ -108,7 +109,7 @@ class _Drawer:
         row, texts = int(self.ranking.predictions[query, rank]), []
         if self.metres is not None and rank < self.metres.shape[1]:
             texts.append(_metres(self.metres[query, rank]))
-        texts.append(f"d {self.ranking.distances[query, rank]:.2f}")
+        texts.append(f"distance {self.ranking.distances[query, rank]:.2f}")
         scores = self.ranking.scores
         if scores is not None and rank < scores.shape[1]:
             texts.append(f"score {scores[query, rank]:.4g}")
@@ -117,7 +118,7 @@ class _Drawer:
             "name": self.ranking.database[row],
             "right": bool(self.right[query, rank]),
             "rank": rank + 1,
-            "text": " · ".join(texts),
+            "texts": texts,
         }
 
     def matches(self, query: int, upsampled: bool) -> dict[str, Any]:
@@ -130,7 +131,7 @@ class _Drawer:
         best = cells[np.argsort(-cosines, kind="stable")[:LINES]]
         start = cell_centres(*here.shape[1:3], upsampled=upsampled)[best]
         end = cell_centres(*there.shape[1:3], upsampled=upsampled)[partner[0].numpy()[best]]
-        side, gap = 280, 40
+        side, gap = 250, 30
         lines = [
             {
                 "x1": f"{side * a[0]:.1f}",
@@ -174,13 +175,15 @@ def _spread(rows: np.ndarray, count: int) -> list[int]:
 
 
 def _metres(value: float) -> str:
-    return f"{value:.0f} m" if value < 9999.5 else f"{value / 1000:.0f} km"
+    return f"{value:.0f} m" if value < 999.5 else f"{value / 1000:.1f} km" if value < 99_950 else f"{value / 1000:.0f} km"
 
 
 def _map(ranking: Ranking, width: int = 1080, most: int = 4000) -> dict[str, Any]:
     """Queries where they were taken, and a line from each wrong one to what it was taken for."""
     there, here = positions(ranking.database), positions(ranking.queries)
-    everything = np.concatenate([there, here])
+    true = np.ptp(np.concatenate([there, here]), axis=0).max()
+    everything = np.stack([_without_gaps(axis) for axis in np.concatenate([there, here]).T], 1)
+    there, here = np.split(everything, [len(there)])
     low, span = everything.min(0), np.ptp(everything, axis=0).clip(1e-9)
     scale = (width - 40) / max(span[0], 2 * span[1])
     height = int(span[1] * scale) + 40
@@ -199,8 +202,18 @@ def _map(ranking: Ranking, width: int = 1080, most: int = 4000) -> dict[str, Any
         "database": [known[i] for i in _spread(np.arange(len(known)), most)],
         "lines": [(*asked[i], *known[first[i]]) for i in drawn if not right[i] and answerable[i] and first[i] >= 0],
         "queries": [(*asked[i], kinds[i], ranking.queries[i]) for i in drawn],
-        "metres": _metres(float(span.max())),
+        "metres": _metres(float(true)),
+        "gap": _metres(GAP) if span.max() < true - 1 else "",
     }
+
+
+def _without_gaps(values: np.ndarray) -> np.ndarray:
+    """Coordinates along one axis, with stretches of more than `GAP` without any shortened to it."""
+    order = np.argsort(values, kind="stable")
+    steps = np.diff(values[order], prepend=values[order[:1]])
+    shortened = np.empty_like(values)
+    shortened[order] = np.minimum(steps, GAP).cumsum()
+    return shortened
 
 
 def _curve(ranking: Ranking, width: int = 520, height: int = 240) -> dict[str, Any]:
