@@ -80,7 +80,7 @@ NATIVE: dict[str, dict] = {
     "selavpr": {**SELAVPR, "registers": 4},
     "selavpr_vit_small": SELAVPR,
     "selavpr_vit_base": {**SELAVPR, "pool": "mean", "local": ()},
-    "selavpr_vit_large": {**SELAVPR, "adapters": {"kind": "lora", "rank": 2}},
+    "selavpr_vit_large": {**SELAVPR, "adapt": {"kind": "lora", "rank": 2}},
 }
 WRAPPED: dict[str, dict] = {
     "timm/test_vit": {"image_size": 32},

@@ -312,7 +312,7 @@ def test_a_run_learns_and_a_second_stage_goes_on(folder, tmp_path):
     torch.manual_seed(verbs.derive(0, "initial weights"))
     before = named("places", "finetune").objective.build(create_model("vit", **VIT), (), named("places", "finetune").run).backbone
     frozen = {name: p.clone() for name, p in before.backbone.state_dict().items()}
-    run = train(folder, tmp_path / "first", steps=40, save_every=40)
+    run = train(folder, tmp_path / "first", steps=40, save_every=40, **{"objective.mine_every": 10})
     after = ok.load(run / "export")
     assert all(torch.equal(after.backbone.state_dict()[name], tensor) for name, tensor in frozen.items())
     assert recall(after)[0] > recall(before)[0] + 0.02 and recall(after)[1] == 13

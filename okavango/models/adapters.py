@@ -135,7 +135,9 @@ def _kind(name: str) -> str:
     return "serial" if last in SERIAL else "parallel" if last in PARALLEL else ""
 
 
-def hang(backbone: Backbone, *, ratio: float = 0.5, scale: float = 0.2, serial: bool = True, parallel: bool = True, last: int = 0):
+def hang(
+    backbone: Backbone, *, ratio: float = 0.5, scale: float = 0.2, serial: bool = True, parallel: bool = True, last: int = 0
+) -> nn.ModuleDict:
     """Freeze a backbone and hang bottleneck adapters on it, in place.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from okavango.models.adapters import Adapted, adapt
+from okavango.models.adapters import Adapted, adapted_from
 from okavango.models.backbone import ArgumentError, register
 from okavango.models.elastic_vit import ViT, vit
 from okavango.models.preprocess import Image, Preprocess, Resize
@@ -27,7 +27,7 @@ def selavpr(
     head_dim: int = 64,
     registers: int = 0,
     table_size: int = 518,
-    adapters: str | Mapping[str, Any] = "bottleneck",
+    adapt: str | Mapping[str, Any] = "bottleneck",
     pool: str = "gem",
     local: Sequence[int] | None = None,
     pretrained: bool | str = False,
@@ -42,7 +42,7 @@ def selavpr(
         width, depth, head_dim: of the transformer.
         registers: register tokens, 0 or 4 in DINOv2.
         table_size: side in pixels that the position table was made for; it is resampled to the patches at hand without antialias.
-        adapters, pool, local: see `okavango.models.adapters.Adapted`; None takes (width / 4, width / 8) channels.
+        adapt, pool, local: see `okavango.models.adapters.Adapted`; None takes (width / 4, width / 8) channels.
         pretrained: True for DINOv2's weights by timm, or a file that timm reads.
     Raises:
         ArgumentError: an image size that the patch size does not divide, or no DINOv2 of this size.
@@ -55,7 +55,8 @@ def selavpr(
     if pretrained:
         trunk.trunk.load_state_dict(_dinov2(trunk, pretrained))
     trunk.preprocess = Preprocess(image=Image(size=size, resize=Resize(rule="exact", interpolation="bilinear")))
-    model = adapt(trunk, adapt=adapters, pool=pool, local=(width // 4, width // 8) if local is None else local)
+    local = (width // 4, width // 8) if local is None else local
+    model = adapted_from(trunk, {"adapt": adapt, "pool": pool, "local": local})
     model.architecture, model.arguments = "selavpr", arguments
     return model
 

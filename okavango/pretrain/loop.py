@@ -108,6 +108,8 @@ def make_accelerator(recipe: Recipe, out: Path):
 def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, card, say, stop, ending) -> Path:
     run, rank, world = recipe.run, accelerator.process_index, accelerator.num_processes
     device, main = accelerator.device, accelerator.is_main_process
+    if world > 1 and run.parallel == "fsdp" and getattr(objective, "mine_every", 0):
+        raise RunError("--parallel fsdp: this objective chooses its samples with whole weights; use --parallel ddp")
     template = copy.deepcopy(objective) if run.parallel == "fsdp" and world > 1 and main else None
     objective = objective.to(device)
     model = _distribute(objective, recipe, accelerator)

@@ -420,9 +420,10 @@ def save_checkpoint(
 
 def _without_base(model: nn.Module, parent: Mapping[str, str]) -> dict[str, Tensor]:
     """What an adapted backbone has beside its base, once all of the rest is known to be the base's."""
-    if not hasattr(model, "trained"):
+    trained: Any = getattr(model, "trained", None)
+    if trained is None:
         raise CheckpointError(f"{type(model).__name__}: is not an adapted backbone; save it without base=")
-    frozen, own = _base_tensors(parent, None), dict(model.trained())
+    frozen, own = _base_tensors(parent, None), dict(trained())
     tensors = model.state_dict()
     for name in tensors.keys() - own.keys():
         if name not in frozen or not torch.equal(frozen[name], tensors[name].detach().cpu()):

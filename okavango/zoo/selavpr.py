@@ -133,7 +133,7 @@ def _arguments(tensors: Mapping[str, Tensor], image_size: int, head_dim: int):
         "head_dim": head_dim,
         "registers": registers,
         "table_size": patch_size * round((tensors["backbone.pos_embed"].shape[1] - 1) ** 0.5),
-        "adapters": {"kind": "bottleneck", "ratio": hidden / width},
+        "adapt": {"kind": "bottleneck", "ratio": hidden / width},
         "local": tuple(tensors[f"LocalAdapt.upconv{number}.weight"].shape[1] for number in (1, 2)),
     }
     return arguments, _PRESETS.get((width, depth), selavpr)

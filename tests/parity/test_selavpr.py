@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image as Picture
 
 from okavango.data.places import neighbourhoods, position, within
 from okavango.downstream.retrieval.head import PlaceRecognition, describe
@@ -219,8 +220,12 @@ def test_selavpr_preprocess(recorded):
     normalise = Normalise(rule="standard", mean=IMAGENET_MEAN, std=IMAGENET_STD)
     for key, resize in resizes.items():
         ours = Preprocess(image=Image(size=size, resize=resize, normalise=normalise))(image=image)["image"][0]
-        # 8-bit resizing rounds; kernels for tensors and for PIL do so differently by one level, 1 / 255 / 0.224 = 0.0175
-        fixture.compare(key, ours, 0.018 if key == "train" else 1e-5)
+        if key == "train":  # the kernel for 8-bit tensors rounds a few values otherwise than PIL's, by one level
+            wrong = (ours - fixture.tensors[key]).abs() * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
+            assert float(wrong.max()) < 1.01 and float((wrong > 0.5).float().mean()) < 0.01
+            small = Picture.fromarray(image).resize(size[::-1], Picture.Resampling.BILINEAR)
+            ours = Preprocess(image=Image(size=size, resize=resize, normalise=normalise))(image=small)["image"][0]
+        fixture.compare(key, ours, 1e-5)
 
 
 def test_selavpr_real_sizes(parity_root):
