@@ -181,7 +181,13 @@ def ranking_records(ranking: Ranking, about: dict[str, Any], *, seed: int, **fac
     precisions = metrics.average_precisions(right, ranking.positives)
     values["mAP"] = precisions[~np.isnan(precisions)]
     versions, hardware = environment()
-    common: dict[str, Any] = {"settings": about, "versions": versions, "hardware": hardware, "command": command_line(), "created": now()}
+    common: dict[str, Any] = {
+        "settings": about,
+        "versions": versions,
+        "hardware": hardware,
+        "command": command_line(),
+        "created": now(),
+    }
     return [
         Record(metric=name, value=float(each.mean()), n=len(each), interval=bootstrap(each, seed), seed=seed, **common, **facts)
         for name, each in values.items()

@@ -10,6 +10,7 @@ import pytest
 
 from okavango.data.places import Places, position, within
 from okavango.data.sources import open_source
+from okavango.downstream.retrieval.protocols import find_card
 from okavango.samples import build_places, places
 
 
@@ -38,6 +39,7 @@ def test_within_25_metres_means_a_place_and_30_degrees():
         assert set(wanted) - set(doubtful) <= set(found) <= set(wanted) | set(doubtful)
     unanswerable = [query for query, found in enumerate(near) if not len(found)]
     assert len(unanswerable) == 24
+    find_card("places-test").check(*(part.ids for part in test.parts))
 
 
 def test_files_are_those_that_the_provenance_names():

@@ -46,7 +46,7 @@ def ransac(query: Tensor, candidates: Tensor) -> Tensor:
     try:
         import cv2
     except ImportError:
-        raise ImportError("the re-ranker ransac needs OpenCV: pip install opencv-python-headless") from None
+        raise ImportError("the re-ranker ransac needs OpenCV: pip install 'okavango[retrieval]'") from None
     here, there = _cells(query.shape[:2]), _cells(candidates.shape[1:3])
     partner, both = mutual(query.flatten(0, 1).expand(len(candidates), -1, -1), candidates.flatten(1, 2))
     scores = []
