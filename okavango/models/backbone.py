@@ -206,4 +206,4 @@ def unknown_name(what: str, name: str, known) -> str:
     """One line for a name that nobody knows."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {name!r}; {hint}known: {', '.join(list(known)[:20])}{', ...' if len(known) > 20 else ''}"
+    return f"unknown {what} {name!r}; {hint}known: {', '.join(list(known)[:12])}{', ...' if len(known) > 12 else ''}"
