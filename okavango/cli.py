@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,9 +29,39 @@ def quickstart(out: Path = Path("quickstart"), steps: int = 0, seed: int = 0) ->
     quickstart(out, steps=steps, seed=seed, say=say)
 
 
+@dataclass(frozen=True)
+class Retrieval:
+    """Options of `evaluate` for retrieval protocols."""
+
+    database: str | None = None
+    """folder of pictures that are searched, where `data` does not hold it"""
+    queries: str | None = None
+    """folder of pictures that are looked for"""
+    card: str = ""
+    """dataset card, such as pitts30k-test: checks the numbers of pictures, sets protocol and name"""
+    pairs: Path | None = None
+    """JSON of {query: [database pictures]} for retrieval/pairs"""
+    rerank: str = ""
+    """mutual-nn, similarity or ransac"""
+    top: int = 100
+    """candidates that are re-ranked"""
+    factory: str = "Flat"
+    """FAISS factory string of the index; Flat is exact and needs no faiss"""
+    search: str = ""
+    """how a FAISS index searches, such as nprobe=16"""
+    storage: Literal["float32", "float16", "int8"] = "float32"
+    """numbers of the index"""
+    pca: int = 0
+    """keep so many numbers of a descriptor, by PCA on the database"""
+    whiten: int = 0
+    """the same, with whitening"""
+    report: Path | None = None
+    """folder for a page with pictures, the predictions, and descriptors for the next run"""
+
+
 def evaluate(
     checkpoint: Positional[str],
-    data: str,
+    data: str | None = None,
     protocol: tuple[str, ...] = ("knn",),
     train: str | None = None,
     subnets: tuple[str, ...] = (),
@@ -39,22 +69,41 @@ def evaluate(
     seed: int = 0,
     batch: int = 256,
     workers: int = 0,
+    retrieval: Annotated[Retrieval, tyro.conf.arg(name="")] = Retrieval(),  # noqa: B008
 ) -> None:
-    """Measure a frozen backbone on labelled pictures.
+    """Measure a frozen backbone on labelled pictures, or on pictures of places.
 
     Args:
-        checkpoint: name in the zoo, folder, file, URL or hf://ORG/NAME; raw-pixels for the baseline that knows nothing.
-        data: folder with train/ and test/ in it, or the test part; samples/fashion, samples/fashion:moved.
-        protocol: knn, logistic, linear, linear-sweep ..., with or without a version such as knn/v1; docs/evaluation.md has all.
+        checkpoint: name in the zoo, folder, file, URL or hf://ORG/NAME; raw-pixels, or thumbnail and chance for retrieval, are
+            baselines that know nothing.
+        data: folder with train/ and test/ in it, or the test part; samples/fashion, samples/fashion:moved. For retrieval, a folder
+            with database/ and queries/ in it; samples/places.
+        protocol: knn, logistic, linear, linear-sweep ..., with or without a version such as knn/v1 (docs/evaluation.md has all);
+            retrieval/utm25 and its kin, one at a time.
         train: the training part, when it is not in `data`.
         subnets: w64_d2 ..., or all, of an elastic backbone.
         out: file of records (JSON lines) to append to.
         seed: of held-out parts and intervals.
         batch: pictures per forward pass.
         workers: processes that read pictures.
+        retrieval: for retrieval protocols only.
     """
-    at_least(1, batch=batch)
-    at_least(0, workers=workers)
+    at_least(1, batch=batch, top=retrieval.top)
+    at_least(0, workers=workers, pca=retrieval.pca, whiten=retrieval.whiten)
+    if any(name.partition("/")[0] == "retrieval" for name in protocol):
+        if len(protocol) > 1 or train is not None:
+            raise Usage("evaluate: a retrieval protocol is measured alone, and without --train")
+        from okavango import retrieval_verbs
+
+        options = {"batch": batch, "workers": workers, **vars(retrieval)}
+        retrieval_verbs.evaluate(
+            checkpoint, data=data, protocol=protocol[0], subnets=subnets, out=out, seed=seed, say=say, **options
+        )
+        return
+    if retrieval != Retrieval():
+        raise Usage("evaluate: options of retrieval go with --protocol retrieval/utm25 and its kin")
+    if data is None:
+        raise Usage("evaluate: --data is needed")
     from okavango import verbs
 
     passes = {"batch": batch, "workers": workers}
@@ -125,6 +174,86 @@ def explain(
     columns |= {f"attention, head {head}": heads[:, head] for head in range(heads.shape[1])}
     pictures.save_grid(out, columns)
     say(f"{len(images)} pictures are in {out}")
+
+
+def index_build(
+    checkpoint: Positional[str],
+    data: Positional[str],
+    out: Path,
+    factory: str = "Flat",
+    search: str = "",
+    storage: Literal["float32", "float16", "int8"] = "float32",
+    pca: int = 0,
+    whiten: int = 0,
+    subnet: str = "",
+    batch: int = 32,
+    workers: int = 0,
+) -> None:
+    """Write an index of pictures, to be searched with others.
+
+    Args:
+        checkpoint: see `evaluate`.
+        data: folder of pictures, tar shards, samples/fashion.
+        out: folder of the index.
+        factory: FAISS factory string, such as IVF1024,Flat or HNSW32; Flat is exact and needs no faiss.
+        search: how a FAISS index searches, such as nprobe=16.
+        storage: of the descriptors.
+        pca: keep so many numbers of a descriptor, by PCA.
+        whiten: the same, with whitening.
+        subnet: w64_d2 ... of an elastic backbone.
+        batch: pictures per forward pass.
+        workers: processes that read pictures.
+    """
+    at_least(1, batch=batch)
+    at_least(0, workers=workers, pca=pca, whiten=whiten)
+    from okavango import retrieval_verbs
+
+    options: dict[str, Any] = {"factory": factory, "search": search, "storage": storage, "pca": pca, "whiten": whiten}
+    retrieval_verbs.build(checkpoint, data, out, subnet=subnet, batch=batch, workers=workers, say=say, **options)
+
+
+def index_add(index: Positional[Path], data: Positional[str], checkpoint: str = "", batch: int = 32, workers: int = 0) -> None:
+    """Add pictures to an index.
+
+    Args:
+        index: folder of the index.
+        data: folder of pictures, tar shards, samples/fashion.
+        checkpoint: where the index's model lies now, when it has moved.
+        batch: pictures per forward pass.
+        workers: processes that read pictures.
+    """
+    at_least(1, batch=batch)
+    at_least(0, workers=workers)
+    from okavango import retrieval_verbs
+
+    retrieval_verbs.add(index, data, checkpoint=checkpoint, batch=batch, workers=workers, say=say)
+
+
+def index_search(
+    index: Positional[Path],
+    data: Positional[str],
+    top: int = 5,
+    checkpoint: str = "",
+    recall: bool = False,
+    batch: int = 32,
+    workers: int = 0,
+) -> None:
+    """Find the nearest pictures of an index for each of some pictures.
+
+    Args:
+        index: folder of the index.
+        data: folder of pictures, tar shards, samples/fashion.
+        top: how many are listed, with their distances.
+        checkpoint: where the index's model lies now, when it has moved.
+        recall: also search exactly, and say how many of the truly nearest the index finds.
+        batch: pictures per forward pass.
+        workers: processes that read pictures.
+    """
+    at_least(1, top=top, batch=batch)
+    at_least(0, workers=workers)
+    from okavango import retrieval_verbs
+
+    retrieval_verbs.search(index, data, top=top, checkpoint=checkpoint, recall=recall, batch=batch, workers=workers, say=say)
 
 
 def zoo_list(pattern: Positional[str] = "*", licence: str | None = None, weights: bool | None = None) -> None:
@@ -322,12 +451,28 @@ def leaderboard_render(records: Positional[tuple[Path, ...]], out: Path = Path("
     say(f"the page is {out}")
 
 
+def leaderboard_compare(first: Positional[Path], second: Positional[Path], count: int = 1, seed: int = 0) -> None:
+    """Say whether one retrieval method finds more than another on the same queries, beyond chance.
+
+    Args:
+        first: folder that `evaluate --report` wrote.
+        second: another one, of the same protocol and pictures.
+        count: of Recall@count.
+        seed: of the paired bootstrap.
+    """
+    at_least(1, count=count)
+    from okavango import retrieval_verbs
+
+    retrieval_verbs.compare(first, second, count=count, seed=seed, say=say)
+
+
 COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "quickstart": quickstart,
     "evaluate": evaluate,
     "embed": embed,
     "predict": predict,
     "explain": explain,
+    "index": {"build": index_build, "add": index_add, "search": index_search},
     "zoo": {
         "list": zoo_list,
         "show": zoo_show,
@@ -338,7 +483,7 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
         "verify": zoo_verify,
         "push": zoo_push,
     },
-    "leaderboard": {"run": leaderboard_run, "render": leaderboard_render},
+    "leaderboard": {"run": leaderboard_run, "render": leaderboard_render, "compare": leaderboard_compare},
 }
 RUNS = {
     "pretrain": "Pretrain a backbone on a folder of pictures, or go on with a run.",

@@ -128,7 +128,7 @@ def _shipped(text: str) -> Source:
     try:
         make = getattr(importlib.import_module(f"okavango.samples.{name}"), name)
     except (ImportError, AttributeError):
-        raise ValueError(f"no sample {text!r} ships with okavango; there is samples/fashion (or samples/fashion:test)") from None
+        raise ValueError(f"no sample {text!r} ships; there are samples/fashion and samples/places (or :test)") from None
     return make(split) if split else make()
 
 

@@ -31,6 +31,9 @@ def search(queries: Tensor, database: Tensor, count: int, *, cells: int = 2**26)
     for part in queries.split(max(1, cells // len(database))):
         distances = (part.square().sum(1, keepdim=True) + lengths - 2 * part @ database.T).clamp_min(0)
         values, indices = distances.topk(count, largest=False)
+        last = values[:, -1:]
+        for row in ((distances == last).sum(1) > (values == last).sum(1)).nonzero().flatten():  # topk took any of equal ones
+            values[row], indices[row] = (sorted[:count] for sorted in distances[row].sort(stable=True))
         indices, order = indices.sort(dim=1)
         values, order = values.gather(1, order).sort(dim=1, stable=True)
         found.append((values, indices.gather(1, order)))
