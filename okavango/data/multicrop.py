@@ -162,7 +162,6 @@ class MultiCrop:
         solarized = chance(solarize_share)
         jitters = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
         wanted = [i for i in range(4 if self.channels == 3 else 2) if self.jitter[1 + i]]  # grey has neither saturation nor hue
-
         tables = normalised(self.mean, self.std, self.channels)
 
         for i, (crop, result) in enumerate(zip(pixels.numpy(), out.numpy(), strict=True)):
