@@ -1,20 +1,17 @@
 """Multi-crop augmentation per core: ours, PIL pictures through torchvision transforms as in DINOv2, and LightlyTrain's.
 
-    python benchmarks/data_pipeline.py [--lightly PYTHON] [--repeats 5] [--out FILE.json]
+    python benchmarks/data_pipeline.py [--lightly PYTHON] [--repeats 5] [--out FILE.jsonl]
 
 In memory: ours and torchvision's get decoded pictures. From files: all get 256 px JPEGs, and read, decode, crop, colour, normalise
-and stack them. The same parameters for all, one thread each, candidates take turns. Rates are in pictures per second of processor
-time, so a busy machine disturbs them less; the load is in the output. With files, the crops are compared as well: two-sample
-Kolmogorov-Smirnov distances between ours and the others', of what was cut out (on pictures whose colours are coordinates, colour
-operations off) and of how it looks.
+and stack them. The same parameters for all, one thread each; in memory candidates take turns, from files one follows the other.
+Rates are in pictures per second of processor time, so a busy machine disturbs them less; the load is in the records. With files,
+the crops are compared as well: two-sample Kolmogorov-Smirnov distances between ours and the others', of what was cut out (on
+pictures whose colours are coordinates, colour operations off) and of how it looks; they are in the settings of the others' records.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,18 +20,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
-import torchvision
 from peers import CANDIDATES, STEP, run, write_pictures
 from PIL import Image
 from scipy.stats import ks_2samp
-from timing import interleave
+from timing import interleave, load, publish, speed_record
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from okavango.data.multicrop import MultiCrop
+from okavango.zoo.leaderboard.records import Record
 
 CASES = {
     "28 px grey, 2x28 + 4x14": ((1, 28, 28), 64, MultiCrop(global_size=28, local_size=14, locals=4)),
@@ -93,24 +91,16 @@ def usual(crop: MultiCrop, images: list[Image.Image] | list[Path]) -> Callable[[
     return run
 
 
-def in_memory(shape: tuple[int, int, int], count: int, crop: MultiCrop, repeats: int) -> dict:
-    """One of `CASES`."""
+def in_memory(shape: tuple[int, int, int], count: int, crop: MultiCrop, repeats: int) -> dict[str, list[float]]:
+    """Seconds per picture of one of `CASES`."""
     images = pictures(shape, count)
     pils = [TF.to_pil_image(image).convert("RGB") for image in images]
     seconds = interleave({"okavango": ours(crop, images), "pil_torchvision": usual(crop, pils)}, repeats)
-    return rates({name: [one / count for one in values] for name, values in seconds.items()}, crop)
+    return {name: [one / count for one in values] for name, values in seconds.items()}
 
 
-def rates(seconds: dict[str, list[float]], crop: MultiCrop) -> dict:
-    """Pictures per second of every repeat, their medians, and the medians of ours over the others'."""
-    every = {name: [round(1 / one, 1) for one in values] for name, values in seconds.items()}
-    medians = {name: median(values) for name, values in every.items()}
-    ratios = {name: round(medians["okavango"] / value, 2) for name, value in medians.items() if name != "okavango"}
-    return {"settings": asdict(crop), "median": medians, "all": every, "ratio": ratios}
-
-
-def from_files(lightly: str | None, repeats: int, work: Path) -> dict:
-    """Rates with reading and decoding, and how far the crops lie apart."""
+def from_files(lightly: str | None, repeats: int, work: Path) -> tuple[dict[str, list[float]], dict[str, dict]]:
+    """Seconds per picture with reading and decoding, and how far the crops lie apart."""
     write_pictures(work / "colours", BATCH * (repeats + 1))
     ramp = np.arange(256, dtype=np.uint8)
     (work / "places").mkdir()
@@ -133,7 +123,7 @@ def from_files(lightly: str | None, repeats: int, work: Path) -> dict:
         took, crops[kind, "pil_torchvision"] = by_torchvision(crop, sorted((work / kind).glob("*.jpg")), repeats)
         if kind == "colours":
             seconds["pil_torchvision"] = [one / BATCH for one in took]
-    return {**rates(seconds, FILES), "distances": distances(crops)}
+    return seconds, distances(crops)
 
 
 def by_torchvision(crop: MultiCrop, files: list[Path], repeats: int) -> tuple[list[float], list[dict[int, np.ndarray]]]:
@@ -179,41 +169,71 @@ def statistics(crops: np.ndarray, kind: str) -> dict[str, np.ndarray]:
         }
     luma = 0.299 * values[:, 0] + 0.587 * values[:, 1] + 0.114 * values[:, 2]
     chroma = values.max(1) - values.min(1)
+    colourful = chroma.mean((1, 2))
+    # what a grey crop has of colour is rounding, which differs from program to program
+    colourful = np.where(colourful < 0.01, 0, colourful)
     angle = np.arctan2(3**0.5 * (values[:, 1] - values[:, 2]), 2 * values[:, 0] - values[:, 1] - values[:, 2])
     return {
         "brightness": luma.mean((1, 2)),
         "contrast": luma.std((1, 2)),
-        "saturation": chroma.mean((1, 2)),
-        "hue": np.where(chroma.mean((1, 2)) > 0.02, np.arctan2(np.sin(angle).mean((1, 2)), np.cos(angle).mean((1, 2))), 0),
-        "grey": (chroma.mean((1, 2)) < 0.01).astype(np.float32),
+        "saturation": colourful,
+        "hue": np.where(colourful > 0.02, np.arctan2(np.sin(angle).mean((1, 2)), np.cos(angle).mean((1, 2))), 0),
+        "grey": (colourful == 0).astype(np.float32),
         "detail": np.abs(np.diff(luma, 2, axis=2)).mean((1, 2)) / luma.std((1, 2)).clip(1e-3),
     }
 
 
-def main() -> None:
+def records_of(
+    case: str,
+    seconds: dict[str, list[float]],
+    crop: MultiCrop,
+    pictures: int,
+    loads: tuple[float, float],
+    distances: dict[str, dict] | None = None,
+) -> list[Record]:
+    """Pictures per second of every candidate; `seconds` is per picture, `pictures` are those of one repeat."""
+    rates = {name: 1 / median(values) for name, values in seconds.items()}
+    return [
+        speed_record(
+            "multi-crop",
+            "pictures per second of processor",
+            round(rate, 1),
+            protocol="data_pipeline/v1",
+            dataset=case,
+            n=pictures * len(seconds[name]),
+            loads=loads,
+            times=seconds,
+            settings={
+                "crops": asdict(crop),
+                "opencv": cv2.__version__,
+                **({"distances": distances[name]} if distances and name in distances else {}),
+            },
+            baseline=name,
+            label=name,
+            notes="" if name == "okavango" else f"ours is {rates['okavango'] / rate:.2f} times as fast",
+        )
+        for name, rate in rates.items()
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lightly", metavar="PYTHON", help="interpreter of LightlyTrain's environment")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="a file *.jsonl for the records; a page is drawn beside it")
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    result: dict = {
-        "benchmark": "data_pipeline",
-        "unit": "pictures per second of processor time, one thread",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__},
-        "processors": os.cpu_count(),
-        "load_before": os.getloadavg(),
-        "repeats": given.repeats,
-        "cases": {name: in_memory(*case, given.repeats) for name, case in CASES.items()},
-    }
+    records = []
+    for case, (shape, count, crop) in CASES.items():
+        before = load()
+        seconds = in_memory(shape, count, crop, given.repeats)
+        records += records_of(case, seconds, crop, count, (before, load()))
     with tempfile.TemporaryDirectory(prefix="data-pipeline-") as work:
-        result["cases"]["256 px JPEG files, 2x224 + 8x98"] = from_files(given.lightly, given.repeats, Path(work))
-    result["load_after"] = os.getloadavg()
-    text = json.dumps(result, indent=2)
-    print(text)
-    if given.out:
-        given.out.write_text(text + "\n", encoding="utf-8")
+        before = load()
+        seconds, apart = from_files(given.lightly, given.repeats, Path(work))
+        records += records_of("256 px JPEG files, 2x224 + 8x98", seconds, FILES, BATCH, (before, load()), apart)
+    publish(records, given.out, "Multi-crop augmentation per core")
 
 
 if __name__ == "__main__":

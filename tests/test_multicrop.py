@@ -1,13 +1,16 @@
-"""Multi-crop: each operation against torchvision's of the same parameters, crop boxes against its distribution."""
+"""Multi-crop: each operation against torchvision's of the same parameters, crop boxes and colours against its distribution."""
 
 from __future__ import annotations
+
+from collections import Counter
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import ks_2samp
+from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -29,57 +32,81 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pictures(count: int = 5, channels: int = 3, size: int = 13) -> torch.Tensor:
-    values = torch.rand(count, channels, size, size, generator=generator(7))
-    values[0] = values[0, :1]  # grey: hue is undefined
-    values[1] = (values[1] * 2).round() / 2  # many ties between channels, pure black and white
+def pixels(channels: int = 3, size: int = 13) -> np.ndarray:
+    values = np.random.default_rng(7).integers(0, 256, (size, size, channels), dtype=np.uint8)
+    values[:3] = values[:3, :, :1]  # grey: hue is undefined
+    values[3:6] = values[3:6] // 64 * 85  # many ties between channels, pure black and white
     return values
 
 
+def levels(values: np.ndarray, function, *parameters) -> np.ndarray:
+    """What torchvision's function makes of pixels (H, W, C), in grey levels that are not rounded."""
+    return function(torch.from_numpy(values).permute(2, 0, 1) / 255, *parameters).permute(1, 2, 0).numpy() * 255
+
+
 @pytest.mark.parametrize(
-    ("ours", "theirs", "parameters"),
+    ("ours", "theirs", "parameters", "off"),
     [
-        (multicrop.adjust_brightness, TF.adjust_brightness, [0.0, 0.6, 1.0, 1.4, 3.0]),
-        (multicrop.adjust_contrast, TF.adjust_contrast, [0.0, 0.6, 1.0, 1.4, 3.0]),
-        (multicrop.adjust_saturation, TF.adjust_saturation, [0.0, 0.8, 1.0, 1.2, 3.0]),
-        (multicrop.adjust_hue, TF.adjust_hue, [-0.5, -0.1, 0.0, 0.07, 0.5]),
-        (multicrop.solarize, TF.solarize, [0.0, 0.25, 0.5, 128 / 255, 1.0]),
-        (multicrop.gaussian_blur, lambda x, s: TF.gaussian_blur(x, [9, 9], [s, s]), [0.1, 0.5, 1.0, 1.7, 2.0]),
+        # rounding is half a level; of luma by |1 - factor| / 2 more
+        (multicrop.adjust_brightness, TF.adjust_brightness, [0.0, 0.6, 1.0, 1.4, 3.0], 0.51),
+        (multicrop.adjust_contrast, TF.adjust_contrast, [0.0, 0.6, 1.0, 1.4], 0.7),
+        (multicrop.adjust_saturation, TF.adjust_saturation, [0.0, 0.8, 1.0, 1.2], 0.75),
+        (multicrop.gaussian_blur, lambda x, sigma: TF.gaussian_blur(x, [9, 9], [sigma, sigma]), [0.1, 0.5, 1.0, 1.7, 2.0], 0.51),
     ],
-    ids=["brightness", "contrast", "saturation", "hue", "solarize", "blur"],
+    ids=["brightness", "contrast", "saturation", "blur"],
 )
-def test_operations_are_torchvisions_with_one_parameter_per_picture(ours, theirs, parameters):
-    values = pictures()
-    got = ours(values.clone(), torch.tensor(parameters))
-    want = torch.stack([theirs(picture, parameter) for picture, parameter in zip(values, parameters, strict=True)])
-    torch.testing.assert_close(got, want, atol=3e-6, rtol=0)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_operations_are_torchvisions_to_rounding(ours, theirs, parameters, off, channels):
+    values = pixels(channels)
+    for parameter in parameters:
+        got = ours(values.copy(), parameter)
+        assert got.dtype == np.uint8
+        np.testing.assert_allclose(got.reshape(values.shape), levels(values, theirs, parameter), atol=off, rtol=0)
 
 
-@settings(deadline=None, max_examples=60)
-@given(colours=st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=1, max_size=6), turn=st.floats(-0.5, 0.5, width=32))
-def test_hue_of_any_colour(colours, turn):
-    values = torch.tensor(colours).float().div(255).T.reshape(1, 3, 1, -1)
-    got = multicrop.adjust_hue(values, torch.tensor([turn]))
-    torch.testing.assert_close(got, TF.adjust_hue(values, turn), atol=1e-5, rtol=0)
+@pytest.mark.parametrize("turn", [-0.5, -0.1, 0.0, 0.07, 0.1, 0.5])
+def test_hue_is_torchvisions_to_its_steps_and_closer_than_pils(turn):
+    values = np.random.default_rng(7).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    want = levels(values, TF.adjust_hue, turn)
+    off = np.abs(multicrop.adjust_hue(values.copy(), turn) - want)
+    pil = np.abs(np.asarray(TF.adjust_hue(TF.to_pil_image(values), turn)) - want)
+    assert off.max() <= 12 and off.mean() < 1 and off.mean() < pil.mean() * 1.05
 
 
-def test_luma_and_normalise_are_torchvisions():
-    values = pictures()
-    torch.testing.assert_close(multicrop.luma(values), TF.rgb_to_grayscale(values), atol=1e-6, rtol=0)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    torch.testing.assert_close(multicrop.normalise(values.clone(), mean, std), TF.normalize(values, list(mean), list(std)))
+@settings(deadline=None, max_examples=100)
+@given(colour=st.tuples(*[st.integers(0, 255)] * 3), turn=st.floats(-0.5, 0.5, width=32))
+def test_hue_of_any_colour(colour, turn):
+    values = np.array(colour, np.uint8).reshape(1, 1, 3)
+    got, want = multicrop.adjust_hue(values.copy(), turn), levels(values, TF.adjust_hue, turn)
+    # hue moves in steps of 1/256, of which half a step is lost before and half after: 6 / 256 of the chroma, and rounding
+    assert np.abs(got - want).max() <= 6 / 256 * (max(colour) - min(colour)) + 6
+    assert got.max() == max(colour)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_solarize_luma_and_normalise_are_torchvisions(channels):
+    values = pixels(channels)
+    image = torch.from_numpy(values).permute(2, 0, 1)
+    np.testing.assert_array_equal(multicrop.solarize(values), TF.solarize(image, 128).permute(1, 2, 0).numpy())
+    grey = levels(values, TF.rgb_to_grayscale)[..., 0] if channels == 3 else values[..., 0]
+    np.testing.assert_allclose(multicrop.luma(values), grey, atol=0.55, rtol=0)
+    mean, std = (0.485, 0.456, 0.406)[:channels], (0.229, 0.224, 0.225)[:channels]
+    tables = multicrop.normalised(mean, std, channels)
+    for channel in range(channels):
+        got = torch.from_numpy(tables[channel][values[..., channel]])
+        torch.testing.assert_close(got, TF.normalize(image / 255, list(mean), list(std))[channel])
 
 
 def test_neutral_factors_change_no_bit():
-    values = pictures()
+    values = pixels()
     for operation in (multicrop.adjust_brightness, multicrop.adjust_contrast, multicrop.adjust_saturation):
-        assert torch.equal(operation(values.clone(), torch.ones(len(values))), values)
+        assert np.array_equal(operation(values.copy(), 1.0), values)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_blur_of_pictures_smaller_than_the_kernel(size):
-    flat = torch.full((2, 3, size, size), 0.3)
-    torch.testing.assert_close(multicrop.gaussian_blur(flat, torch.tensor([0.1, 2.0])), flat)
+    flat = np.full((size, size, 3), 77, np.uint8)
+    assert (multicrop.gaussian_blur(flat, 0.1) == flat).all() and (multicrop.gaussian_blur(flat, 2.0) == flat).all()
 
 
 @pytest.mark.parametrize(
@@ -118,8 +145,10 @@ def test_crop_is_resized_crop_of_the_drawn_box_and_flips():
         scale, crop, size = ((0.32, 1.0), got["global"], 24) if i < 2 else ((0.05, 0.32), got["local"], 10)
         box = crop_box(50, 70, scale, (3 / 4, 4 / 3), draws[i])
         want = TF.resized_crop(image, *box, [size, size], v2.InterpolationMode.BICUBIC, antialias=True)
-        assert torch.equal(crop[i if i < 2 else i - 2], want)
-    assert all(torch.equal(got[key].flip(-1), mirror[key]) for key in got)
+        assert torch.equal(crop[i if i < 2 else i - 2].permute(2, 0, 1), want)
+    assert all(torch.equal(got[key].flip(2), mirror[key]) for key in got)
+    planar, whole = still.crop(image.contiguous(), generator(5)), image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert all(torch.equal(planar[key], value) for key, value in still.crop(whole, generator(5)).items()), "whatever the layout"
     again = still.crop(image, generator(5))
     other = still.crop(image, generator(6))
     assert all(torch.equal(got[key], again[key]) and not torch.equal(got[key], other[key]) for key in got)
@@ -132,7 +161,7 @@ def test_zoomed_out_crops_show_the_picture_whole_on_black():
     augment = MultiCrop(**settings, zoom_out=(1.0, 2.0))
     shares, places = [], set()
     for seed in range(60):
-        for crop in augment.crop(image, generator(seed))["global"][:, 0]:
+        for crop in augment.crop(image, generator(seed))["global"][..., 0]:
             rows, columns = (crop > 127).any(1).nonzero()[:, 0], (crop > 127).any(0).nonzero()[:, 0]
             assert (crop[rows[0] + 1 : rows[-1], columns[0] + 1 : columns[-1]] > 200).all(), "one whole rectangle"
             shares.append(len(rows) * len(columns) / crop.numel())
@@ -147,7 +176,7 @@ def test_zoomed_out_crops_show_the_picture_whole_on_black():
 def test_any_size_and_channels(shape, channels):
     crop = MultiCrop(global_size=16, local_size=8, locals=2, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
     got = crop.crop(torch.full(shape, 90, dtype=torch.uint8), generator())
-    assert got["global"].shape == (2, channels, 16, 16) and got["local"].shape == (2, channels, 8, 8)
+    assert got["global"].shape == (2, 16, 16, channels) and got["local"].shape == (2, 8, 8, channels)
     assert all(
         value.dtype == torch.uint8 and value.is_contiguous() and (value.int() - 90).abs().max() <= 1 for value in got.values()
     )
@@ -195,32 +224,78 @@ def test_impossible_settings_are_refused(changes):
 def batch(count: int = 40, channels: int = 3, locals: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     random = generator(3)
     return (
-        torch.randint(0, 256, (2, count, channels, 12, 12), generator=random, dtype=torch.uint8),
-        torch.randint(0, 256, (locals, count, channels, 10, 10), generator=random, dtype=torch.uint8),
+        torch.randint(0, 256, (2, count, 12, 12, channels), generator=random, dtype=torch.uint8),
+        torch.randint(0, 256, (locals, count, 10, 10, channels), generator=random, dtype=torch.uint8),
     )
 
 
-def test_photometric_is_crop_major_and_exact_without_operations():
-    globals_, locals_ = batch()
-    a, b = MultiCrop(**PLAIN).photometric(globals_, locals_, generator())
-    torch.testing.assert_close(a, globals_.reshape(80, 3, 12, 12) / 255)
-    torch.testing.assert_close(b, locals_.reshape(80, 3, 10, 10) / 255)
-    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
-    c, _ = MultiCrop(**{**PLAIN, "mean": tuple(mean), "std": tuple(std)}).photometric(globals_, locals_, generator())
-    torch.testing.assert_close(c, TF.normalize(a, mean, std))
+def flat(crops: torch.Tensor) -> torch.Tensor:
+    """(n, B, S, S, C) uint8 -> (nB, C, S, S) in 0..1."""
+    return crops.flatten(0, 1).permute(0, 3, 1, 2) / 255
 
 
-def test_photometric_follows_its_generator_and_not_the_chunks(monkeypatch):
-    globals_, locals_ = batch()
-    crop, state = MultiCrop(recolour=0.3), torch.get_rng_state()
-    first = crop.photometric(globals_, locals_, generator(1))
-    monkeypatch.setattr(multicrop, "CHUNK", 1000)
-    again = crop.photometric(globals_, locals_, generator(1))
-    other = crop.photometric(globals_, locals_, generator(2))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_photometric_is_crop_major_and_exact_without_operations(channels):
+    globals_, locals_ = batch(channels=channels)
+    a, b = MultiCrop(**PLAIN, channels=channels).photometric(globals_, locals_, generator())
+    torch.testing.assert_close(a, flat(globals_))
+    torch.testing.assert_close(b, flat(locals_))
+    assert a.is_contiguous() and b.is_contiguous()
+    mean, std = [0.4, 0.5, 0.6][:channels], [0.2, 0.3, 0.1][:channels]
+    crop = MultiCrop(**{**PLAIN, "mean": tuple(mean), "std": tuple(std)}, channels=channels)
+    torch.testing.assert_close(crop.photometric(globals_, locals_, generator())[0], TF.normalize(a, mean, std))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_photometric_follows_its_generator_alone(channels):
+    globals_, locals_ = batch(channels=channels)
+    crop = MultiCrop(recolour=0.3, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
+    state, before = torch.get_rng_state(), globals_.clone()
+    first, again, other = (crop.photometric(globals_, locals_, generator(seed)) for seed in (1, 1, 2))
     for x, y, z in zip(first, again, other, strict=True):
-        torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
-        assert not torch.equal(x, z)
-    assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(x, y) and not torch.equal(x, z) and torch.isfinite(x).all()
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(globals_, before), "what was given stays"
+
+
+def test_every_crop_has_an_order_of_its_own(monkeypatch):
+    called: list[str] = []
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        monkeypatch.setattr(multicrop, f"adjust_{name}", lambda pixels, parameter, name=name: called.append(name) or pixels)
+    globals_, locals_ = batch(300)
+    MultiCrop(**{**PLAIN, "jitter": (1.0, 0.4, 0.4, 0.2, 0.1)}).photometric(globals_, locals_[:0], generator())
+    orders = Counter(tuple(called[i : i + 4]) for i in range(0, len(called), 4))
+    assert len(called) == 4 * 600 and orders.keys() == set(permutations(("brightness", "contrast", "saturation", "hue")))
+    assert chisquare(list(orders.values())).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("what", ["saturation", "detail"])
+def test_colours_have_the_distribution_of_pil_pictures(what):
+    """The whole chain with torchvision's transforms on PIL pictures, as in DINOv2: 40 batches, so that no batch has its own way."""
+    rough = torch.rand(160, 3, 6, 6, generator=generator(2))
+    crops = (TF.resize(rough, [24, 24], v2.InterpolationMode.BICUBIC).clamp(0, 1) * 255).to(torch.uint8)
+    crop = MultiCrop(mean=(), std=(), blur=(0.5, 0.5, 0.5))
+    layout = crops.permute(0, 2, 3, 1).reshape(40, 1, 4, 24, 24, 3)
+    nothing = torch.empty(2, 0, 24, 24, 3, dtype=torch.uint8)
+    ours = torch.cat([crop.photometric(nothing, part.repeat(2, 1, 1, 1, 1), generator(i))[1] for i, part in enumerate(layout)])
+    published = v2.Compose(
+        [
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], 0.5),
+            v2.PILToTensor(),
+        ]
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        theirs = torch.stack([published(TF.to_pil_image(one)) for one in crops for _ in range(2)]) / 255
+
+    def statistic(values: torch.Tensor) -> np.ndarray:
+        if what == "saturation":
+            return (values.amax(1) - values.amin(1)).mean((1, 2)).numpy()
+        grey = values.mean(1)
+        return (grey.diff(n=2, dim=2).abs().mean((1, 2)) / grey.std((1, 2)).clamp_min(1e-3)).numpy()
+
+    assert ks_2samp(statistic(ours), statistic(theirs)).pvalue > 1e-3
 
 
 def changed(count: int, **settings) -> tuple[float, float, float]:
@@ -228,8 +303,8 @@ def changed(count: int, **settings) -> tuple[float, float, float]:
     globals_, locals_ = batch(count)
     crop = MultiCrop(**{**PLAIN, **settings})
     a, b = crop.photometric(globals_, locals_, generator(11))
-    one, two = (a - globals_.flatten(0, 1) / 255).abs().amax((1, 2, 3)).split(count)
-    three = (b - locals_.flatten(0, 1) / 255).abs().amax((1, 2, 3))
+    one, two = (a - flat(globals_)).abs().amax((1, 2, 3)).split(count)
+    three = (b - flat(locals_)).abs().amax((1, 2, 3))
     return tuple(float((part > 1e-4).float().mean()) for part in (one, two, three))
 
 
@@ -250,26 +325,28 @@ def test_probabilities(settings, want):
 
 
 def test_jitter_factors_are_uniform():
-    globals_ = torch.full((2, 2000, 3, 1, 1), 100, dtype=torch.uint8)
+    globals_ = torch.full((2, 2000, 1, 1, 3), 180, dtype=torch.uint8)
     crop = MultiCrop(**{**PLAIN, "jitter": (1.0, 0.4, 0, 0, 0)})
     a, _ = crop.photometric(globals_, globals_[:0], generator(4))
-    factors = a[:, 0, 0, 0].numpy() * 255 / 100
-    assert factors.min() >= 0.6 and factors.max() <= 1.4
-    assert ks_2samp(factors, np.linspace(0.6, 1.4, 4001)).pvalue > 1e-3
+    factors = a[:, 0, 0, 0].numpy() * 255 / 180
+    assert factors.min() >= 0.6 and factors.max() <= 1.4 + 1e-6
+    assert ks_2samp(factors, np.rint(np.linspace(0.6, 1.4, 4001) * 180) / 180).pvalue > 1e-3
 
 
 def test_first_global_equals_torchvision_step_by_step():
     """The whole chain on one picture, with the draws made a second time and handed to torchvision's functions."""
-    globals_, locals_ = batch(1)
-    crop = MultiCrop(jitter=(1.0, 0.4, 0.4, 0.2, 0.1), grayscale=0.0, blur=(1.0, 1.0, 1.0))
+    rough = torch.rand(3, 4, 4, generator=generator(3))
+    image = (TF.resize(rough, [12, 12], v2.InterpolationMode.BICUBIC).clamp(0, 1) * 255).to(torch.uint8)
+    globals_ = image.permute(1, 2, 0).expand(2, 1, 12, 12, 3).contiguous()
+    crop = MultiCrop(jitter=(1.0, 0.4, 0.4, 0.2, 0.1), grayscale=0.0, blur=(1.0, 1.0, 1.0), mean=(), std=())
     for seed in range(8):
-        got = crop.photometric(globals_, locals_, generator(seed))[0][0]
+        got = crop.photometric(globals_, globals_[:0], generator(seed))[0][0]
         random = generator(seed)
         torch.rand(1, generator=random)
         torch.rand(1, 2, 3, generator=random)
         torch.rand(1, generator=random)
+        order = torch.rand(1, 4, generator=random).argsort()[0].tolist()
         u = [torch.rand(1, generator=random).item() for _ in range(4)]
-        order = torch.randperm(4, generator=random).tolist()
         torch.rand(1, generator=random)
         torch.rand(1, generator=random)
         sigma = 0.1 + 1.9 * torch.rand(1, generator=random).item()
@@ -279,16 +356,17 @@ def test_first_global_equals_torchvision_step_by_step():
             (TF.adjust_saturation, 0.8 + 0.4 * u[2]),
             (TF.adjust_hue, -0.1 + 0.2 * u[3]),
         ]
-        want = globals_[0, 0] / 255
+        want = image / 255
         for i in order:
             want = steps[i][0](want, steps[i][1])
-        want = TF.normalize(TF.gaussian_blur(want, [9, 9], [sigma, sigma]), list(crop.mean), list(crop.std))
-        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+        want = TF.gaussian_blur(want, [9, 9], [sigma, sigma])
+        torch.testing.assert_close(got, want, atol=8 / 255, rtol=0)  # the greatest share is hue's, see above
+        assert (got - want).abs().mean() < 1.5 / 255
 
 
 def test_recolour_maps_black_and_white_to_two_colours():
-    globals_ = torch.zeros(2, 30, 3, 4, 4, dtype=torch.uint8)
-    globals_[..., :2] = 255
+    globals_ = torch.zeros(2, 30, 4, 4, 3, dtype=torch.uint8)
+    globals_[..., :2, :] = 255
     a, _ = MultiCrop(**{**PLAIN, "recolour": 1.0}).photometric(globals_, globals_[:0], generator())
     front, back = a[..., 0, 0], a[..., 0, 3]
     assert (a[..., :2] == front[..., None, None]).all() and (a[..., 2:] == back[..., None, None]).all()

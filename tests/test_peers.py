@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from okavango.zoo.leaderboard.records import read_records
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = {"width": 64, "depth": 1, "global_size": 28, "local_size": 14, "locals": 1, "batch": 4, "workers": 0}
 SMALL |= {"prototypes": 16, "hidden": 16, "bottleneck": 8, "steps": 2, "epochs": 1}
@@ -78,3 +80,24 @@ def test_distances_see_what_differs_and_only_that(benchmarks):
     detail = "detail, 98 px, 80 and 80 crops"
     assert found["x"][detail]["p"] > 1e-3 > found["y"][detail]["p"]
     assert all(0 <= one["distance"] <= 1 for tests in found.values() for one in tests.values()) and json.dumps(found)
+
+
+def test_grey_crops_do_not_differ_by_their_rounding(benchmarks):
+    _, data_pipeline = benchmarks
+    rng = np.random.default_rng(0)
+    grey = rng.random((9, 1, 12, 12)).repeat(3, 1)
+    mean, std = (np.reshape(values, (1, 3, 1, 1)) for values in (data_pipeline.FILES.mean, data_pipeline.FILES.std))
+    exact = ((grey - mean) / std).astype(np.float32)
+    a, b = (data_pipeline.statistics(values, "colours") for values in (exact, exact.astype(np.float16).astype(np.float32)))
+    assert all((found["grey"] == 1).all() and (found["saturation"] == 0).all() and (found["hue"] == 0).all() for found in (a, b))
+
+
+def test_every_candidate_has_a_record_with_its_distances(benchmarks, tmp_path):
+    _, data_pipeline = benchmarks
+    seconds = {"okavango": [0.01, 0.02, 0.03], "lightly": [0.04, 0.05, 0.03]}
+    apart = {"lightly": {"area": {"distance": 0.1, "p": 0.5}}}
+    ours, theirs = data_pipeline.records_of("files", seconds, data_pipeline.FILES, 16, (1.0, 2.0), apart)
+    assert (ours.value, theirs.value, ours.n) == (50.0, 25.0, 48) and "2.00 times" in theirs.notes
+    assert theirs.settings["distances"] == apart["lightly"] and "distances" not in ours.settings
+    data_pipeline.publish([ours, theirs], tmp_path / "records.jsonl", "title")
+    assert {record.baseline for record in read_records(tmp_path / "records.jsonl")} == set(seconds)

@@ -1,24 +1,26 @@
-"""Multi-crop augmentation (DINO, arXiv 2104.14294; DINOv2, arXiv 2304.07193) in two parts: crops per sample on 8-bit pixels,
-colours per batch on tensors, with parameters of its own for each crop.
+"""Multi-crop augmentation (DINO, arXiv 2104.14294; DINOv2, arXiv 2304.07193) on 8-bit pixels, in two parts: crops per sample, then
+colours, with parameters and an order of their own for each crop. As in the published pipelines, which work on PIL pictures, the
+result of every operation is rounded to 8 bits; the last one makes floating-point numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import cv2
+import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from okavango.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 BLUR_KERNEL = 9  # pixels, as in DINO
-LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, with torchvision's digits
-CHUNK = 2**18  # values that colours work on at a time: they stay in a core's cache
+
+cv2.setNumThreads(0)  # a crop is too small to share, and workers are forked: a pool of threads would not live on in them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class MultiCrop:
             image: uint8 (1 or 3, H, W), of any size.
             generator: moved on by the same amount whatever the picture.
         Returns:
-            "global" uint8 (2, C, S, S) and "local" uint8 (n, C, L, L).
+            "global" uint8 (2, S, S, C) and "local" uint8 (n, L, L, C); channels last, as they are decoded, resized and coloured.
         Raises:
             ValueError: another number of channels or dtype.
         """
@@ -107,12 +109,14 @@ class MultiCrop:
             height, width, above, left = self._canvas(image.shape[1], image.shape[2], zoom)
             box = crop_box(height, width, scale, self.ratio, draw)
             box = (box[0] - above, box[1] - left, *box[2:])  # what lies outside the picture is black
-            crop = TF.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
-            crops.append(crop.flip(-1) if flip < self.flip else crop)
-        local = torch.stack(crops[2:]) if self.locals else image.new_empty(0, image.shape[0], self.local_size, self.local_size)
+            # torch resizes 8-bit pixels fast where they lie whole in memory, channels last
+            crop = TF.crop(image, *box).permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+            crop = F.interpolate(crop, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+            crops.append(crop.flip(1) if flip < self.flip else crop)
+        local = torch.stack(crops[2:]) if self.locals else image.new_empty(0, self.local_size, self.local_size, image.shape[0])
         return {
-            "global": torch.stack(crops[:2]).expand(-1, self.channels, -1, -1).contiguous(),
-            "local": local.expand(-1, self.channels, -1, -1).contiguous(),
+            "global": torch.stack(crops[:2]).expand(-1, -1, -1, self.channels).contiguous(),
+            "local": local.expand(-1, -1, -1, self.channels).contiguous(),
         }
 
     def _canvas(self, height: int, width: int, draw: list[float]) -> tuple[int, int, int, int]:
@@ -125,62 +129,55 @@ class MultiCrop:
         return height + more_rows, width + more_columns, int(draw[2] * (more_rows + 1)), int(draw[3] * (more_columns + 1))
 
     def photometric(self, globals: Tensor, locals: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The colour part, of a batch: recolour, jitter in an order drawn for each group of crops, grey, blur, solarise, normalise.
+        """The colour part, of a batch: recolour, jitter in an order drawn for each crop, grey, blur, solarise, normalise.
 
         Args:
-            globals: uint8 (2, B, C, S, S).
-            locals: uint8 (n, B, C, L, L); n may be 0.
+            globals: uint8 (2, B, S, S, C).
+            locals: uint8 (n, B, L, L, C); n may be 0.
             generator: on the processor.
         Returns:
             float32 (2B, C, S, S) and (nB, C, L, L), crop by crop: all first globals, then all second ones.
         """
-        outputs = torch.empty_like(globals, dtype=torch.float32), torch.empty_like(locals, dtype=torch.float32)
+        outputs = [torch.empty(*x.shape[:2], x.shape[4], *x.shape[2:4]) for x in (globals, locals)]
         self._colours(globals[0], outputs[0][0], self.blur[0], 0.0, generator)
         self._colours(globals[1], outputs[0][1], self.blur[1], self.solarize, generator)
         self._colours(locals.flatten(0, 1), outputs[1].flatten(0, 1), self.blur[2], 0.0, generator)
         return outputs[0].flatten(0, 1), outputs[1].flatten(0, 1)
 
     def _colours(self, pixels: Tensor, out: Tensor, blur: float, solarize_share: float, generator: torch.Generator) -> None:
-        """(N, C, H, W) uint8 -> normalised float32. All draws come first, so that working in chunks changes nothing."""
+        """(N, S, S, C) uint8 -> normalised float32 (N, C, S, S)."""
         count = len(pixels)
 
-        def chance(probability: float) -> Tensor:
-            return torch.rand(count, generator=generator) < probability
+        def chance(probability: float) -> list[bool]:
+            return (torch.rand(count, generator=generator) < probability).tolist()
 
-        def between(low: float, high: float) -> Tensor:
-            return low + (high - low) * torch.rand(count, generator=generator)
+        def between(low: float, high: float) -> list[float]:
+            return (low + (high - low) * torch.rand(count, generator=generator)).tolist()
 
-        def around(strength: float) -> Tensor:
-            factor = between(max(0.0, 1 - strength), 1 + strength)
-            return torch.where(jittered, factor, 1)  # a factor of 1 changes no bit and is cheaper than picking rows
+        probability, *strengths, hue = self.jitter
+        recoloured, colours = chance(self.recolour), torch.rand(count, 2, self.channels, generator=generator).numpy()
+        jittered, orders = chance(probability), torch.rand(count, 4, generator=generator).argsort(dim=1, stable=True).tolist()
+        factors = [*(between(max(0.0, 1 - strength), 1 + strength) for strength in strengths), between(-hue, hue)]
+        grey, blurred, sigmas = chance(self.grayscale), chance(blur), between(*self.blur_sigma)
+        solarized = chance(solarize_share)
+        jitters = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+        wanted = [i for i in range(4 if self.channels == 3 else 2) if self.jitter[1 + i]]  # grey has neither saturation nor hue
+        tables = normalised(self.mean, self.std, self.channels)
 
-        probability, brightness, contrast, saturation, hue = self.jitter
-        recoloured, colours = chance(self.recolour), torch.rand(count, 2, self.channels, generator=generator)
-        jittered, everywhere = chance(probability), torch.ones(count, dtype=torch.bool)
-        jitters: list[tuple[Callable, Tensor, Tensor]] = [
-            (adjust_brightness, everywhere, around(brightness)),
-            (adjust_contrast, everywhere, around(contrast)),
-            (adjust_saturation, everywhere, around(saturation)),
-            (adjust_hue, jittered, between(-hue, hue)),
-        ]
-        strengths = (brightness, contrast, saturation if self.channels == 3 else 0, hue if self.channels == 3 else 0)
-        order = [i for i in torch.randperm(4, generator=generator).tolist() if strengths[i]]
-        grey = chance(self.grayscale)
-        operations = [
-            (recolour, recoloured, colours),
-            *(jitters[i] for i in order),
-            *([(adjust_saturation, grey, torch.zeros(count))] if self.channels == 3 else []),
-            (gaussian_blur, chance(blur), between(*self.blur_sigma)),
-            (solarize, chance(solarize_share), torch.full((count,), 128 / 255)),
-        ]
-
-        for part in _chunks(count, pixels[:1].numel()):
-            values = pixels[part].float().div_(255)
-            for operation, chosen, parameters in operations:
-                values = _apply_to(values, chosen[part], operation, parameters[part])
-            if self.mean:
-                values = normalise(values, self.mean, self.std)
-            out[part] = values
+        for i, (crop, result) in enumerate(zip(pixels.numpy(), out.numpy(), strict=True)):
+            if recoloured[i]:
+                crop = recolour(crop, *colours[i])
+            for jitter in orders[i] if jittered[i] else ():
+                if jitter in wanted:
+                    crop = jitters[jitter](crop, factors[jitter][i])
+            if grey[i]:
+                crop = adjust_saturation(crop, 0)
+            if blurred[i]:
+                crop = gaussian_blur(crop, sigmas[i])
+            if solarized[i]:
+                crop = solarize(crop)
+            for plane, table, channel in zip(cv2.split(crop), tables, result, strict=True):
+                cv2.LUT(plane, table, dst=channel)
 
 
 def crop_box(
@@ -210,109 +207,56 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-# -- colours: float (N, C, H, W) in 0..1, one parameter per picture; the formulas of torchvision's functions of the same name -----
+# -- colours: uint8 (H, W, 3), or (H, W, 1) and (H, W) of grey; torchvision's functions of the same name, rounded to 8 bits -------
 
 
-def adjust_brightness(values: Tensor, factor: Tensor) -> Tensor:
-    """Multiply by factor (N,)."""
-    return (values * _per_picture(factor)).clamp_(0, 1)
+def adjust_brightness(pixels: ndarray, factor: float) -> ndarray:
+    """Multiply by a factor."""
+    return cv2.addWeighted(pixels, factor, pixels, 0, 0)
 
 
-def adjust_contrast(values: Tensor, factor: Tensor) -> Tensor:
+def adjust_contrast(pixels: ndarray, factor: float) -> ndarray:
     """Blend with the picture's mean luma: factor 0 is flat grey, 1 the picture."""
-    return _blend(values, luma(values).mean((1, 2, 3), keepdim=True), factor)
+    return cv2.addWeighted(pixels, factor, pixels, 0, (1 - factor) * cv2.mean(luma(pixels))[0])
 
 
-def adjust_saturation(values: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the grey picture: factor 0 is grey, 1 the picture. RGB only."""
-    return _blend(values, luma(values), factor)
+def adjust_saturation(pixels: ndarray, factor: float) -> ndarray:
+    """Blend with the grey picture: factor 0 is grey, 1 the picture."""
+    if pixels.shape[2:] != (3,):
+        return pixels
+    return cv2.addWeighted(pixels, factor, cv2.cvtColor(luma(pixels), cv2.COLOR_GRAY2RGB), 1 - factor, 0)
 
 
-def adjust_hue(values: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue by -0.5..0.5 of the colour circle, at equal value and chroma. RGB only."""
-    red, green, blue = values.unbind(1)
-    value = values.amax(1)
-    chroma = value - values.amin(1)
-    scale = chroma.clamp_min(1e-12).reciprocal_()
-    # in sixths of the circle; red wins over green wins over blue where two are greatest
-    hue = torch.where(
-        value == red,
-        (green - blue) * scale,
-        torch.where(value == green, (blue - red) * scale + 2, (red - green) * scale + 4),
-    )
-    hue += 6 * turn.view(-1, 1, 1)
-    hue -= (hue * (1 / 6)).floor_().mul_(6)
-    out = torch.empty_like(values)
-    for channel, centre in enumerate((3, -1, 1)):
-        # a channel is the value less a share of the chroma; the share is a trapezium around the colour opposite to the channel
-        share = (hue - centre).abs_() if channel == 0 else (hue - centre - 3).abs_().neg_().add_(3).abs_()
-        share.neg_().add_(2).clamp_(0, 1)
-        torch.addcmul(value, share, chroma, value=-1, out=out[:, channel])
-    return out
+def adjust_hue(pixels: ndarray, turn: float) -> ndarray:
+    """Turn the hue by -0.5..0.5 of the colour circle, in steps of 1/256, at equal value and chroma. RGB only."""
+    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(round(turn * 256) % 256)  # runs over, as the circle does
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
-def gaussian_blur(values: Tensor, sigma: Tensor) -> Tensor:
-    """Blur by sigma (N,) pixels, separably, edges mirrored; 9 taps, fewer where the picture is smaller than 5 pixels."""
-    for axis in (-2, -1):
-        size = values.shape[axis]
-        reach = min(BLUR_KERNEL // 2, size - 1)
-        taps = torch.arange(reach + 1, dtype=torch.float32, device=values.device)
-        weights = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
-        weights = weights / (2 * weights.sum(1, keepdim=True) - 1)
-        padded = F.pad(values, (0, 0, reach, reach) if axis == -2 else (reach, reach, 0, 0), mode="reflect")
-        # the kernel is symmetric: sums of shifted pictures need half the products of a convolution
-        values = padded.narrow(axis, reach, size) * _per_picture(weights[:, 0])
-        for tap in range(1, reach + 1):
-            pair = padded.narrow(axis, reach - tap, size) + padded.narrow(axis, reach + tap, size)
-            values.addcmul_(pair, _per_picture(weights[:, tap]))
-    return values
+def gaussian_blur(pixels: ndarray, sigma: float) -> ndarray:
+    """Blur by sigma pixels, with 9 x 9 taps; edges are mirrored."""
+    kernel = cv2.getGaussianKernel(BLUR_KERNEL, sigma, cv2.CV_32F)
+    return cv2.sepFilter2D(pixels, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)  # faster and finer than cv2.GaussianBlur
 
 
-def solarize(values: Tensor, threshold: Tensor) -> Tensor:
-    """Invert the values that reach the threshold (N,)."""
-    return torch.where(values >= _per_picture(threshold), 1 - values, values)
+def solarize(pixels: ndarray) -> ndarray:
+    """Invert the values that reach 128."""
+    return np.minimum(pixels, 255 - pixels)
 
 
-def recolour(values: Tensor, colours: Tensor) -> Tensor:
-    """Map black to the first and white to the second of two colours (N, 2, C), in 0..1."""
-    back, front = colours[:, 0, :, None, None], colours[:, 1, :, None, None]
-    return torch.addcmul(back, luma(values), front - back)
+def recolour(pixels: ndarray, back: ndarray, front: ndarray) -> ndarray:
+    """Map black to the first and white to the second of two colours (C,), in 0..1."""
+    shades = back + (front - back) * np.linspace(0, 1, 256)[:, None]
+    return np.rint(shades * 255).astype(np.uint8)[luma(pixels)]
 
 
-def normalise(values: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(values - mean) / std per channel, in place."""
-    shape = (-1, 1, 1)
-    return values.sub_(values.new_tensor(mean).view(shape)).div_(values.new_tensor(std).view(shape))
+def normalised(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> ndarray:
+    """(v / 255 - mean) / std of the 256 values v, float32 (C, 256); without mean, v / 255."""
+    centre, spread = np.reshape(mean or (0,) * channels, (-1, 1)), np.reshape(std or (1,) * channels, (-1, 1))
+    return ((np.arange(256) / 255 - centre) / spread).astype(np.float32)
 
 
-def luma(values: Tensor) -> Tensor:
-    """(N, 3, H, W) -> (N, 1, H, W); a grey picture is its own."""
-    if values.shape[1] == 1:
-        return values
-    red, green, blue = values.split(1, 1)
-    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
-
-
-def _blend(values: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    factor = _per_picture(factor)
-    return torch.addcmul(other * (1 - factor), values, factor).clamp_(0, 1)
-
-
-def _per_picture(numbers: Tensor) -> Tensor:
-    return numbers.reshape(-1, 1, 1, 1)
-
-
-def _apply_to(values: Tensor, chosen: Tensor, operation: Callable, parameters: Tensor) -> Tensor:
-    rows = chosen.nonzero()[:, 0]
-    if not len(rows):
-        return values
-    parameters, rows = parameters[rows].to(values.device), rows.to(values.device)
-    if len(rows) == len(values):
-        return operation(values, parameters)
-    values[rows] = operation(values[rows], parameters)
-    return values
-
-
-def _chunks(count: int, values_each: int) -> Iterator[slice]:
-    step = max(1, CHUNK // max(1, values_each))
-    return (slice(start, start + step) for start in range(0, count, step))
+def luma(pixels: ndarray) -> ndarray:
+    """(H, W), ITU-R 601; a grey picture is its own."""
+    return cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY) if pixels.shape[2:] == (3,) else pixels.reshape(pixels.shape[:2])
