@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -188,14 +187,10 @@ def test_ransac_counts_matches_that_agree(monkeypatch):
     moved[:, 2:] = cells[:, :-2]  # a shift by two cells: 63 matches agree
     shuffled = cells.flatten(0, 1)[torch.randperm(81)].view(9, 9, 32)  # as many mutual matches, no agreement
     candidates = torch.stack([moved, shuffled])
-    if importlib.util.find_spec("cv2") is None:
-        with pytest.raises(ImportError, match="ransac needs OpenCV: pip install"):
-            rerankers.ransac(cells, candidates)
-    else:
-        right, wrong = rerankers.ransac(cells, candidates).tolist()
-        assert 63 <= right <= 70 and wrong < 30 < rerankers.mutual_nn(cells, candidates).min()
-        assert rerankers.ransac(cells, candidates).tolist() == [right, wrong]
-        assert rerankers.ransac(cells[:1, :3], candidates[:, :1, :3]).tolist() == [0, 0]  # too few matches
+    right, wrong = rerankers.ransac(cells, candidates).tolist()
+    assert 63 <= right <= 70 and wrong < 30 < rerankers.mutual_nn(cells, candidates).min()
+    assert rerankers.ransac(cells, candidates).tolist() == [right, wrong]
+    assert rerankers.ransac(cells[:1, :3], candidates[:, :1, :3]).tolist() == [0, 0]  # too few matches
     with pytest.raises(ValueError, match="did you mean 'mutual-nn'"):
         rerankers.find_reranker("mutual-mm")
 

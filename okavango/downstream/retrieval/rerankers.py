@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,15 +39,7 @@ def similarity_sum(query: Tensor, candidates: Tensor) -> Tensor:
 
 
 def ransac(query: Tensor, candidates: Tensor) -> Tensor:
-    """Number of mutual nearest neighbours that agree on one homography, found by RANSAC through OpenCV with a fixed seed.
-
-    Raises:
-        ImportError: OpenCV is not installed.
-    """
-    try:
-        import cv2
-    except ImportError:
-        raise ImportError("the re-ranker ransac needs OpenCV: pip install 'okavango[retrieval]'") from None
+    """Number of mutual nearest neighbours that agree on one homography, found by RANSAC through OpenCV with a fixed seed."""
     here, there = _cells(query.shape[:2]), _cells(candidates.shape[1:3])
     partner, both = mutual(query.flatten(0, 1).expand(len(candidates), -1, -1), candidates.flatten(1, 2))
     scores = []
