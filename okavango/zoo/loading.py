@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -130,3 +131,12 @@ def load_weights(
     on_meta = any(place.is_meta for place in places.values())
     model.load_state_dict(filled, strict=False, assign=on_meta)
     return report
+
+
+def renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    """The name by the first of (pattern, replacement) that fits it; unchanged where none does."""
+    for pattern, replacement in rules:
+        name, changed = re.subn(pattern, replacement, name)
+        if changed:
+            break
+    return name

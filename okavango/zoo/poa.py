@@ -15,7 +15,7 @@ from okavango.models.elastic import Supernet
 from okavango.models.elastic_resnet import ElasticResNet
 from okavango.models.elastic_swin import ElasticSwin
 from okavango.models.elastic_vit import ElasticViT
-from okavango.zoo.loading import load_weights
+from okavango.zoo.loading import load_weights, renamed
 
 _BACKBONE = (  # the keys of the families have no pattern in common, so one table serves all
     (r"(blocks\.\d+\.norm[12])\.norm\.", r"\1."),
@@ -64,14 +64,6 @@ _HEAD_BACK = (
 )
 
 
-def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        name, changed = re.subn(pattern, replacement, name)
-        if changed:
-            break
-    return name
-
-
 def from_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official keys of backbones and heads -> ours; prefixes such as ``student.`` stay, ``dino_head`` becomes ``head``."""
     return {_convert(name, _BACKBONE, _HEAD, "dino_head.", "head."): tensor for name, tensor in tensors.items()}
@@ -87,10 +79,10 @@ def _convert(name: str, backbone, head, head_old: str, head_new: str) -> str:
     prefix = next(start for start in ("student.", "teacher.", "") if name.startswith(start))
     rest = name[len(prefix) :]
     if rest.startswith(head_old):
-        return prefix + head_new + _rename(rest[len(head_old) :], head)
+        return prefix + head_new + renamed(rest[len(head_old) :], head)
     if rest.startswith("backbone."):
-        return prefix + "backbone." + _rename(rest[len("backbone.") :], backbone)
-    return name if prefix else _rename(_rename(name, backbone), head)
+        return prefix + "backbone." + renamed(rest[len("backbone.") :], backbone)
+    return name if prefix else renamed(renamed(name, backbone), head)
 
 
 def read_official(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from okavango.models.adapters import Adapted
 from okavango.models.preprocess import Image, Preprocess, Resize
 from okavango.models.selavpr import selavpr, selavpr_vit_base, selavpr_vit_large, selavpr_vit_small
-from okavango.zoo.loading import LoadReport, load_weights
+from okavango.zoo.loading import LoadReport, load_weights, renamed
 
 # published evaluations resize the normalised picture without antialias, which moves descriptors
 PUBLISHED_RESIZE = Resize(rule="exact", interpolation="bilinear", antialias=False, on="normalised")
@@ -46,18 +45,10 @@ _TO = (
 )
 
 
-def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        name, changed = re.subn(pattern, replacement, name)
-        if changed:
-            break
-    return name
-
-
 def from_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official keys, with or without ``module.``, -> ours; the mask token, which nothing uses, is left out."""
     return {
-        _rename(name.removeprefix("module."), _FROM): tensor for name, tensor in tensors.items() if not name.endswith("mask_token")
+        renamed(name.removeprefix("module."), _FROM): tensor for name, tensor in tensors.items() if not name.endswith("mask_token")
     }
 
 
@@ -67,7 +58,7 @@ def to_official(tensors: Mapping[str, Tensor], *, prefix: str = "") -> dict[str,
     Args:
         prefix: "module." for the keys of a published checkpoint's ``model_state_dict``.
     """
-    named = {prefix + _rename(name, _TO): tensor for name, tensor in tensors.items()}
+    named = {prefix + renamed(name, _TO): tensor for name, tensor in tensors.items()}
     if (token := tensors.get("backbone.trunk.cls_token")) is not None:
         named[f"{prefix}backbone.mask_token"] = token.new_zeros(1, token.shape[-1])
     return named
@@ -104,7 +95,7 @@ def read_official(path: Path, *, image_size: int = 224, head_dim: int = 64) -> t
     model = build(**arguments)
     model.architecture = build.__name__
     model.preprocess = Preprocess(image=Image(size=(image_size, image_size), resize=PUBLISHED_RESIZE))
-    rename = {name: _rename(name.removeprefix("module."), _FROM) for name in tensors}
+    rename = {name: renamed(name.removeprefix("module."), _FROM) for name in tensors}
     return model.eval(), load_weights(model, tensors, rename=rename, skip=SKIP)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from okavango.data.loading import Order, derive
 from okavango.data.places import Places, neighbourhoods
-from okavango.data.sources import Source
+from okavango.data.sources import Part, Source
 from okavango.downstream.classification.features import evaluating, extract_features, image_modality
 from okavango.downstream.retrieval.losses import global_loss, local_loss
 from okavango.downstream.retrieval.mining import best_positives, draw, hard_negatives, random_negatives
@@ -178,7 +178,7 @@ class PlaceRecognition(nn.Module):
 
     def _embed(self, source: Places, indices: np.ndarray) -> Tensor:
         """Global descriptors, float32 (n, D); a picture that cannot be read lies far from everything."""
-        found = extract_features(self.backbone, _Some(source, indices), workers=self.workers)
+        found = extract_features(self.backbone, Part(source, indices), workers=self.workers)
         vectors = torch.full((len(indices), found.features.shape[1]), 1e3)
         readable = np.setdiff1d(np.arange(len(indices)), [index for index, _ in found.bad])
         vectors[readable] = nn.functional.normalize(torch.from_numpy(found.features), dim=-1)
@@ -260,18 +260,3 @@ class TripletTransform:
     def __call__(self, sample: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """{"images": [...], "id"} -> {modality: float32 (2 + negatives, C, H, W), "id"}; `seed` is not used."""
         return {**self.preprocess(**{self.modality: sample["images"]}), "id": sample.get("id", "?")}
-
-
-class _Some:
-    """Some pictures of a source, without labels."""
-
-    labels = None
-
-    def __init__(self, source: Source, indices: np.ndarray):
-        self.source, self.indices, self.name = source, indices, source.name
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.source[int(self.indices[index])]
