@@ -101,7 +101,7 @@ def run(python: str, script: str, settings: dict[str, Any], work: Path) -> dict[
     with open(work / "output.txt", "wb") as output:
         started = time.time()
         process = subprocess.Popen(
-            [python, str(HERE / "candidates" / script), json.dumps({**settings, **own})],
+            [os.path.abspath(python), str(HERE / "candidates" / script), json.dumps({**settings, **own})],
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=work,
