@@ -45,7 +45,7 @@ class Point:
     processes: int
 
 
-BASE = Point(width=192, depth=6, local_crops=4, batch=4, processes=1)
+BASE = Point(width=192, depth=6, local_crops=4, batch=8, processes=1)
 GRID = {"width": (64, 128, 192, 384), "depth": (2, 4, 6, 12), "local_crops": (0, 2, 4, 8), "batch": (4, 8, 16), "processes": (1, 2)}
 
 
