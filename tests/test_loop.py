@@ -218,15 +218,18 @@ def test_full_disk_is_one_line_and_old_states_stay(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-def test_preflight_leaves_no_trace_and_names_problems(tmp_path, monkeypatch):
+def test_preflight_names_problems(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(loop.RunError, match="preflight failed:\n.* MiB free"):
         verbs.pretrain(tiny(), data=pictures(), out=tmp_path / "run", say=quiet)
-    monkeypatch.undo()
-    verbs.pretrain(tiny(), data=pictures(), out=tmp_path / "a", say=quiet)
-    monkeypatch.setattr(loop, "_preflight", lambda *args: None)
-    verbs.pretrain(tiny(), data=pictures(), out=tmp_path / "b", say=quiet)
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert not (tmp_path / "run" / "recipe.json").exists()
+
+
+def test_a_first_step_that_fills_memory_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_total_memory", lambda: 2**20)
+    with pytest.raises(loop.RunError, match=r"the first step took .* GiB of 0\.0 GiB of memory; lower --batch"):
+        verbs.pretrain(tiny(save_every=1), data=pictures(), out=tmp_path / "run", say=quiet)
+    assert not list((tmp_path / "run").glob("state/step-*")) and not (tmp_path / "run" / "export").exists()
 
 
 def test_evaluation_during_a_run_does_not_change_it(tmp_path):

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 from okavango.models.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 BLUR_KERNEL = 9  # pixels, as in DINO
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 
 cv2.setNumThreads(0)  # a crop is too small to share, and workers are forked: a pool of threads would not live on in them
 
@@ -103,21 +104,21 @@ class MultiCrop:
         draws = torch.rand(2 + self.locals, 10, 4, generator=generator, dtype=torch.float64).tolist()
         zooms = torch.rand(2 + self.locals, 4, generator=generator, dtype=torch.float64).tolist()
         flips = torch.rand(2 + self.locals, generator=generator).tolist()
-        crops = []
-        for i, (draw, zoom, flip) in enumerate(zip(draws, zooms, flips, strict=True)):
-            scale, size = (self.global_scale, self.global_size) if i < 2 else (self.local_scale, self.local_size)
-            height, width, above, left = self._canvas(image.shape[1], image.shape[2], zoom)
-            box = crop_box(height, width, scale, self.ratio, draw)
-            box = (box[0] - above, box[1] - left, *box[2:])  # what lies outside the picture is black
-            # torch resizes 8-bit pixels fast where they lie whole in memory, channels last
-            crop = TF.crop(image, *box).permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
-            crop = F.interpolate(crop, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-            crops.append(crop.flip(1) if flip < self.flip else crop)
-        local = torch.stack(crops[2:]) if self.locals else image.new_empty(0, self.local_size, self.local_size, image.shape[0])
-        return {
-            "global": torch.stack(crops[:2]).expand(-1, -1, -1, self.channels).contiguous(),
-            "local": local.expand(-1, -1, -1, self.channels).contiguous(),
+        channels = image.shape[0]
+        done = {
+            "global": np.empty((2, self.global_size, self.global_size, channels), np.uint8),
+            "local": np.empty((self.locals, self.local_size, self.local_size, channels), np.uint8),
         }
+        results = [*done["global"], *done["local"]]
+        for i, (draw, zoom, flip, result) in enumerate(zip(draws, zooms, flips, results, strict=True)):
+            height, width, above, left = self._canvas(image.shape[1], image.shape[2], zoom)
+            rows, columns, tall, wide = crop_box(height, width, self.global_scale if i < 2 else self.local_scale, self.ratio, draw)
+            crop = _cut(image, rows - above, columns - left, tall, wide)
+            # torch resizes 8-bit pixels fast where they lie whole in memory, channels last
+            crop = crop.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+            pixels = F.interpolate(crop, result.shape[0], mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+            result[...] = cv2.flip(pixels, 1).reshape(result.shape) if flip < self.flip else pixels
+        return {name: torch.from_numpy(crops).expand(-1, -1, -1, self.channels).contiguous() for name, crops in done.items()}
 
     def _canvas(self, height: int, width: int, draw: list[float]) -> tuple[int, int, int, int]:
         """Height and width of the canvas that is cropped, and the rows above and columns left of the picture on it."""
@@ -171,13 +172,20 @@ class MultiCrop:
                 if jitter in wanted:
                     crop = jitters[jitter](crop, factors[jitter][i])
             if grey[i]:
-                crop = adjust_saturation(crop, 0)
+                crop = grey_of(crop)
             if blurred[i]:
                 crop = gaussian_blur(crop, sigmas[i])
             if solarized[i]:
                 crop = solarize(crop)
             for plane, table, channel in zip(cv2.split(crop), tables, result, strict=True):
                 cv2.LUT(plane, table, dst=channel)
+
+
+def _cut(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+    """A part of (C, H, W); what lies outside the picture is black."""
+    if top >= 0 and left >= 0 and top + height <= image.shape[1] and left + width <= image.shape[2]:
+        return image[:, top : top + height, left : left + width]
+    return TF.crop(image, top, left, height, width)
 
 
 def crop_box(
@@ -212,19 +220,27 @@ def crop_box(
 
 def adjust_brightness(pixels: ndarray, factor: float) -> ndarray:
     """Multiply by a factor."""
-    return cv2.addWeighted(pixels, factor, pixels, 0, 0)
+    return cv2.convertScaleAbs(pixels, alpha=factor)
 
 
 def adjust_contrast(pixels: ndarray, factor: float) -> ndarray:
     """Blend with the picture's mean luma: factor 0 is flat grey, 1 the picture."""
-    return cv2.addWeighted(pixels, factor, pixels, 0, (1 - factor) * cv2.mean(luma(pixels))[0])
+    means = cv2.mean(pixels)
+    mean = sum(weight * mean for weight, mean in zip(LUMA, means, strict=False)) if pixels.shape[2:] == (3,) else means[0]
+    return cv2.addWeighted(pixels, factor, pixels, 0, (1 - factor) * mean)
 
 
 def adjust_saturation(pixels: ndarray, factor: float) -> ndarray:
     """Blend with the grey picture: factor 0 is grey, 1 the picture."""
     if pixels.shape[2:] != (3,):
         return pixels
-    return cv2.addWeighted(pixels, factor, cv2.cvtColor(luma(pixels), cv2.COLOR_GRAY2RGB), 1 - factor, 0)
+    mixing = np.full((3, 3), LUMA, np.float32) * (1 - factor) + np.eye(3, dtype=np.float32) * factor
+    return cv2.transform(pixels, mixing.astype(np.float32))
+
+
+def grey_of(pixels: ndarray) -> ndarray:
+    """The grey picture, with as many channels."""
+    return cv2.cvtColor(luma(pixels), cv2.COLOR_GRAY2RGB) if pixels.shape[2:] == (3,) else pixels
 
 
 def adjust_hue(pixels: ndarray, turn: float) -> ndarray:
@@ -235,8 +251,8 @@ def adjust_hue(pixels: ndarray, turn: float) -> ndarray:
 
 
 def gaussian_blur(pixels: ndarray, sigma: float) -> ndarray:
-    """Blur by sigma pixels, with 9 x 9 taps; edges are mirrored."""
-    kernel = cv2.getGaussianKernel(BLUR_KERNEL, sigma, cv2.CV_32F)
+    """Blur by sigma pixels, with up to 9 x 9 taps, those beyond 4 sigma left out; edges are mirrored."""
+    kernel = cv2.getGaussianKernel(min(BLUR_KERNEL, 2 * math.ceil(4 * sigma) + 1), sigma, cv2.CV_32F)
     return cv2.sepFilter2D(pixels, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)  # faster and finer than cv2.GaussianBlur
 
 
