@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import shlex
@@ -13,6 +14,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from okavango.zoo.leaderboard.page import render, table
 from okavango.zoo.leaderboard.records import Record, environment, write_record
@@ -46,6 +49,9 @@ def load() -> float:
 
 def peak_memory() -> float:
     """Greatest resident memory of this process so far, MiB."""
+    if sys.platform == "linux":  # ru_maxrss would begin at that of the process which started this one
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -98,15 +104,41 @@ def publish(records: Iterable[Record], out: Path | None, title: str, pictures: M
     """Print a table of the records; with `out`, write them to that file, one a line, and a page beside it.
 
     Args:
-        out: a file *.jsonl, which is replaced; title: of the page; pictures: caption -> PNG bytes, for the page.
+        out: a file *.jsonl, which is replaced; title: of the page; pictures: caption -> PNG bytes, for the page; bars of all
+            values when there are none.
     """
     records = list(records)
+    pictures = {"Each value, by what was measured": bars(records)} if pictures is None else pictures
     print(table(records))
     if out:
         out.unlink(missing_ok=True)
         for record in records:
             write_record(out, record)
         print(f"records are in {out}, their page is {render(records, out.with_suffix('.html'), title, pictures)}")
+
+
+def bars(records: list[Record]) -> bytes:
+    """PNG: one panel for each dataset, protocol and metric, one bar for each record of it."""
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.dataset, record.protocol, record.metric), []).append(record)
+    rows = -(-len(groups) // 2)
+    tallest = max(map(len, groups.values()))
+    figure = Figure(figsize=(12, rows * (0.7 + 0.24 * tallest)), layout="constrained")
+    for number, ((dataset, protocol, metric), members) in enumerate(groups.items()):
+        axis = figure.add_subplot(rows, 2, number + 1)
+        names = [member.name if member.baseline == member.name else f"{member.name}, {member.baseline}" for member in members]
+        drawn = axis.barh(range(len(members)), [member.value for member in members], color="#2a78d6")
+        axis.bar_label(drawn, [f"{member.value:.4g}" for member in members], padding=3, fontsize=8)
+        axis.set_yticks(range(len(members)), names, fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.set_title(f"{metric}\n{dataset}, {protocol}", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
 
 
 def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
