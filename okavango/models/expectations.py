@@ -325,8 +325,8 @@ def study(
         bands: "all" or "rgb".
         size: pixels; None for the native size.
         as_published: with the study's slips: EuroSAT's bands in the order of its files (B8A last) although the 13-band networks
-            take B8A ninth; BigEarthNet and TreeSatAI padded by a zero band at place 8 before normalisation, with statistics that assume
-            place 10. Data need ``allow={"order": reason}`` where the statistics then contradict the names.
+            take B8A ninth; BigEarthNet and TreeSatAI padded by a zero band at place 8 before normalisation, with statistics that
+            assume place 10. Data need ``allow={"order": reason}`` where the statistics then contradict the names.
     Raises:
         PreprocessError: unknown data set, bands or normalisation.
 
