@@ -495,6 +495,7 @@ REFUSALS = [
     (PICTURES, bands(SMALL, level="L1C"), "the data are in dn and this checkpoint takes u8; there is no way", None),
     (spec(), bands((SMALL // 64).astype(np.uint8), units="u8"), "the data are in u8 and this checkpoint takes reflectance", None),
     (Raster(channels=RGB, units="dn"), bands(), "mean is not known|no way", None),
+    (Raster(channels=("B04",)), bands(), "the data lack band B04", None),
     (spec(normalise=Normalise(rule="minmax", low=(0.0,) * 3, high=(0.0,) * 3)), bands(), "divides by zero", None),
     (spec(), [], "the list of samples is empty", None),
     (spec(), Bands(channels=S2), "a description without values", None),
