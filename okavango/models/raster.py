@@ -341,6 +341,8 @@ def _select(spec: Raster, source: Bands, matches: Sequence[Match], notes: list[s
 def _conversion(spec: Raster, source: Bands, matches: Sequence[Match], allow: frozenset[str]) -> list[Step]:
     """From stored values to the spec's units."""
     steps, pair = [], (source.units, spec.units)
+    taken = [index for index, _ in matches]
+    said = [_said(source, index) for index in taken]
     if source.units == "dn" and sensor_name(source.sensor) == SENTINEL_2.name:
         shift = baseline_offset(source.baseline)
         if shift is None:
@@ -350,15 +352,18 @@ def _conversion(spec: Raster, source: Bands, matches: Sequence[Match], allow: fr
                 "Sentinel-2 numbers of an unknown processing baseline: from 04.00 on they carry an offset of 1000",
                 "say baseline= (such as '02.08', '04.00', or 'harmonised' where a catalogue has taken the offset away)",
             )
+        shifted = [
+            (scale, offset + (0.0 if index is None else shift or 0.0)) for index, (scale, offset) in zip(taken, said, strict=True)
+        ]
         if shift:
-            says = f"{_formula((1.0,), (shift,))}, the offset since baseline 04.00; below 0: 0"
-            steps.append(Step("affine", says, (("scale", (1.0,)), ("offset", (shift,)))))
+            steps += _affine_steps("without the offset since baseline 04.00, not below 0", shifted)
+        else:
+            steps += _affine_steps("the data's scale", shifted)
         steps.append(Step("clip", "", (("low", 0.0), ("high", None))))  # the numbers are unsigned
-    own = [_affine(spec, source, position, index) for position, (index, _) in enumerate(matches)]
-    scales, offsets = (tuple(each) for each in zip(*own, strict=True))
-    if any(scale != 1 for scale in scales) or any(offset != 0 for offset in offsets):
-        what = pair[0] if pair[0] == pair[1] else f"{pair[0]} to {pair[1]}"
-        steps.append(Step("affine", f"{what}: {_formula(scales, offsets)}", (("scale", scales), ("offset", offsets))))
+        said = [(1.0, 0.0)] * len(said)
+    what = pair[0] if pair[0] == pair[1] else f"{pair[0]} to {pair[1]}"
+    pairs = enumerate(zip(taken, said, strict=True))
+    steps += _affine_steps(what, [_affine(spec, source, position, index, *own) for position, (index, own) in pairs])
     if pair == ("linear", "db"):
         steps.append(Step("decibel", "linear to decibels: 10 log10(x); not above 0: not measured"))
     if pair == ("db", "linear"):
@@ -368,12 +373,25 @@ def _conversion(spec: Raster, source: Bands, matches: Sequence[Match], allow: fr
     return steps
 
 
-def _affine(spec: Raster, source: Bands, position: int, index: int | None) -> tuple[float, float]:
-    """Scale and offset of one channel from stored value, without Sentinel-2's offset, to the spec's units or their logarithm."""
+def _affine_steps(what: str, numbers: Sequence[tuple[float, float]]) -> list[Step]:
+    """One step that scales each channel, or none where nothing changes."""
+    scales, offsets = (tuple(each) for each in zip(*numbers, strict=True))
+    if set(scales) == {1} and set(offsets) == {0}:
+        return []
+    return [Step("affine", f"{what}: {_formula(numbers)}", (("scale", scales), ("offset", offsets)))]
+
+
+def _said(source: Bands, index: int | None) -> tuple[float, float]:
+    """What a channel of the data says of its scale and offset."""
     if index is None:
         return 1.0, 0.0
-    scale = source.scale[index if len(source.scale) > 1 else 0]
-    offset = source.offset[index if len(source.offset) > 1 else 0]
+    return source.scale[index if len(source.scale) > 1 else 0], source.offset[index if len(source.offset) > 1 else 0]
+
+
+def _affine(spec: Raster, source: Bands, position: int, index: int | None, scale: float, offset: float) -> tuple[float, float]:
+    """Scale and offset of one channel from stored value (its unit: `scale`, `offset`) to the spec's units or their logarithm."""
+    if index is None:
+        return 1.0, 0.0
     have, want = source.units, spec.units
     same = sensor_name(spec.sensor) == sensor_name(source.sensor)
     if (have == want and (have != "dn" or same)) or {have, want} == {"db", "linear"}:
@@ -491,10 +509,11 @@ def _joined(steps: Sequence[Step]) -> tuple[Step, ...]:
     return tuple(out)
 
 
-def _formula(scales: Sequence[float], offsets: Sequence[float]) -> str:
-    if len(set(scales)) > 1 or len(set(offsets)) > 1:
+def _formula(numbers: Sequence[tuple[float, float]]) -> str:
+    different = set(numbers) - {(1.0, 0.0)}  # which absent bands have
+    if len(different) > 1:
         return "x * scale + offset of each band"
-    scale, offset = scales[0], offsets[0]
+    ((scale, offset),) = different
     sign = "-" if offset < 0 else "+"
     return f"x{'' if scale == 1 else f' * {scale:g}'}{'' if offset == 0 else f' {sign} {abs(offset):g}'}"
 
