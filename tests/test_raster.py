@@ -135,7 +135,8 @@ def test_a_batch_a_list_and_single_samples_agree(contract, seed, count):
     values = numbers(batch=(count,), seed=seed)
     batch = run(contract, bands(values))
     assert torch.equal(batch, run(contract, [bands(sample) for sample in values]))
-    assert torch.equal(batch, torch.cat([run(contract, bands(sample)) for sample in values]))
+    alone = torch.cat([run(contract, bands(sample)) for sample in values])
+    assert torch.allclose(batch, alone, rtol=1e-5, atol=1e-5)  # torch's kernels for few planes round otherwise
     assert torch.equal(batch, run(contract, [bands(torch.from_numpy(sample)) for sample in values]))
     assert batch.dtype == torch.float32 and batch.is_contiguous()
 
@@ -157,7 +158,7 @@ def test_the_callers_values_stay(contract, dtype, as_tensor):
     values = numbers().astype(dtype)
     values[3, 2:4] = 0
     given_values = torch.from_numpy(values.astype(values.dtype.newbyteorder("="))) if as_tensor else values
-    before = np.array(given_values)
+    before = values.copy()
     mask = np.ones(values.shape[-2:], bool)
     mask[0] = False
     run(contract, bands(given_values, nodata=0, mask=mask))
@@ -491,7 +492,7 @@ REFUSALS = [
     (spec(), bands(SMALL[:3], ("B01", "B02", "B03")), r"the data lack band B04 \(red\); they have B01, B02, B03", None),
     (spec(), bands(SMALL[:2], ("B8A", "B08A")), "channels 'B8A' and 'B08A' are the same band", None),
     (spec(), bands(SMALL[:2], ("B04", "B13")), "sentinel-2 has no band 'B13'", None),
-    (spec(), bands(SMALL[:2], ("B04", "B10"), level="L2A"), "L2A of sentinel-2 has no band B10", None),
+    (spec(level="L2A"), bands(SMALL[:2], ("B04", "B10"), level="L2A"), "L2A of sentinel-2 has no band B10", None),
     (PICTURES, bands(SMALL, level="L1C"), "the data are in dn and this checkpoint takes u8; there is no way", None),
     (spec(), bands((SMALL // 64).astype(np.uint8), units="u8"), "the data are in u8 and this checkpoint takes reflectance", None),
     (Raster(channels=RGB, units="dn"), bands(), "mean is not known|no way", None),

@@ -114,11 +114,16 @@ def _op_depth(values, measured, *, sensor) -> State:
     return values, measured
 
 
-def _op_order(values, measured, *, names, scale, offset) -> State:
+def _op_order(values, measured, *, names, scale, offset, nodata) -> State:
     step = max(1, min(values.shape[-2:]) // 16)
     sample = values[..., ::step, ::step].float()
-    levels = sample.transpose(0, 1).flatten(1).median(1).values
-    if problem := cirrus_problem(names, (levels * levels.new_tensor(scale) + levels.new_tensor(offset)).tolist()):
+    good = sample.isfinite() & (sample != (torch.nan if nodata is None else nodata))
+    if measured is not None:
+        good &= measured[..., ::step, ::step]
+    levels = sample.masked_fill(~good, torch.nan).transpose(0, 1).flatten(1).nanmedian(1).values
+    levels = levels * levels.new_tensor(scale) + levels.new_tensor(offset)
+    seen = [(name, level) for name, level in zip(names, levels.tolist(), strict=True) if level == level]
+    if problem := cirrus_problem([name for name, _ in seen], [level for _, level in seen]):
         raise PreprocessError(f"{problem}: {ORDER}; name the channels as they lie, or pass allow={{'order': 'the reason'}}")
     return values, measured
 

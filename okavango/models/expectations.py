@@ -177,7 +177,7 @@ _ENTRIES: dict[str, tuple[Callable[[str], dict[str, Raster]], tuple[str, ...]]] 
     "ssl4eo_s12_s1": (lambda variant: {"image": _SSL4EO_S1}, ()),
     "seco": (_seco, ("torchgeo", "study")),
     "seco_eco": (
-        lambda variant: {"image": _sentinel_2(S2_RGB, level="", units="reflectance", scale=(1e-4,), resize=_CROP)},
+        lambda variant: {"image": _sentinel_2(S2_RGB, level="", units="reflectance", scale=(1e-4,), resize=_EXACT)},
         (),
     ),
     "gassl": (lambda variant: {"image": _pictures()}, ()),

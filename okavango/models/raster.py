@@ -543,7 +543,8 @@ def _raw_checks(source: Bands, allow: frozenset[str]) -> list[Step]:
     if optical and "B10" in names and "order" not in allow:
         factor = 1e4 if source.units == "reflectance" else 1.0
         scale, offset = (tuple(factor * number for number in numbers) for numbers in (source.scale, source.offset))
-        steps.append(Step("order", "", (("names", names), ("scale", scale), ("offset", offset))))
+        arguments = (("names", names), ("scale", scale), ("offset", offset), ("nodata", source.nodata))
+        steps.append(Step("order", "", arguments))
     return steps
 
 
@@ -619,18 +620,27 @@ def _described(spec: Raster, sample: Any, allow: Mapping[str, str]) -> Bands:
 def as_expected(spec: Raster, *, stored: bool = False) -> Bands:
     """The description of data that are just as the checkpoint's own: its channels in its order, its stored values.
 
+    Channels that the processing level does not have, which the contract fills, are left out.
+
     Args:
         stored: describe the sensor's numbers, also where the spec's `scale` would bring them to its units.
     """
     numbers = stored or (spec.units == "u8" and (spec.scale, spec.offset) != ((1.0,), (0.0,)))
+    level = find_level(spec.sensor, spec.level)
+    lacking = [band and level and band.name in level.lacks for band in (find_band(spec.sensor, name) for name in spec.channels)]
+
+    def there(each: tuple) -> tuple:
+        kept = tuple(value for value, lacks in zip(each, lacking, strict=True) if not lacks) if len(each) == len(lacking) else each
+        return kept or each
+
     return Bands(
-        channels=spec.channels,
+        channels=there(spec.channels),
         sensor=spec.sensor,
         level=spec.level,
         units="dn" if numbers else spec.units,
-        scale=(1.0,) if numbers else spec.scale,
-        offset=(0.0,) if numbers else spec.offset,
-        wavelengths=spec.wavelengths,
+        scale=(1.0,) if numbers else there(spec.scale),
+        offset=(0.0,) if numbers else there(spec.offset),
+        wavelengths=there(spec.wavelengths),
         nodata=spec.nodata,
         resolution=spec.resolution,
         baseline=HARMONISED,
