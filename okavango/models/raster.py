@@ -296,7 +296,8 @@ def _match(spec: Raster, source: Bands) -> list[Match]:
 def _named_bands(source: Bands) -> list[Band | None]:
     """The band that each channel of the data is, None where the sensor or the name is not in the table."""
     sensor, level = find_sensor(source.sensor), find_level(source.sensor, source.level)
-    bands, seen = [], {}
+    bands: list[Band | None] = []
+    seen: dict[str, str] = {}
     for name in source.channels:
         band = find_band(source.sensor, name)
         if band is None and sensor:
