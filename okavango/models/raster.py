@@ -399,7 +399,10 @@ def _affine(spec: Raster, source: Bands, position: int, index: int | None, scale
         return scale, offset
     own = spec.scale[position if len(spec.scale) > 1 else 0], spec.offset[position if len(spec.offset) > 1 else 0]
     if have not in ("dn", "reflectance") or want not in ("dn", "reflectance", "u8", "kelvin") or (want == "u8" and own == (1, 0)):
-        raise PreprocessError(f"the data are in {have} and this checkpoint takes {want}; there is no way from one to the other")
+        raise PreprocessError(
+            f"the data are in {have} and this checkpoint takes {want}, and nothing says how one becomes the other; choose a "
+            "contract in the data's unit, such as those of okavango.models.expectations.imagenet"
+        )
     if have == "dn" and same and own != (1, 0):  # the checkpoint's own stored values
         return _then(scale, offset, *own)
     if have == "dn":
