@@ -560,6 +560,12 @@ def test_values_that_do_not_fit_their_plan():
             apply_raster(made, values)
 
 
+def test_descriptions_take_lists_and_numbers_and_are_equal_when_they_say_the_same():
+    first, second = (bands(scale=np.float32(2), channels=list(S2), nodata=float("nan")) for _ in range(2))
+    assert first.describe() == second.describe() and hash(first.describe()) == hash(second.describe())
+    assert first.scale == (2.0,) and first.channels == S2 and first.nodata is None
+
+
 def test_saturated_cells_can_be_left_out():
     out = run(spec(nodata_fill=-1.0), bands(SATURATED, nodata=65535))
     assert float(out[0, 0, 0, 0]) == -1 and int((out == -1).sum()) == 1

@@ -137,7 +137,7 @@ def _op_select(values, measured, *, indices, nodata, fill) -> State:
     if measured is not None and measured.shape[1] > 1:
         measured = torch.stack([measured[:, index or 0] for index in indices], 1)
     good = out.isfinite() if values.is_floating_point() else None
-    if nodata is not None and nodata == nodata:
+    if nodata is not None:
         good = out != nodata if good is None else good & (out != nodata)
     if good is not None and not bool(good.all()):
         measured = good if measured is None else good & measured
