@@ -261,6 +261,21 @@ def points(page, axis: str) -> int:
     return page.execute_script("return document.querySelectorAll(`svg[data-x=${arguments[0]}] .point`).length", axis)
 
 
+def test_many_metrics_begin_with_one_and_empty_plots_stay_away(browser, tmp_path):
+    from selenium.webdriver.support.ui import Select
+
+    records = [
+        Record(model=name, dataset="none", protocol="step/v1", metric=metric, value=value * factor, n=1, baseline=name)
+        for metric, factor in (("pictures per second", 1.0), ("seconds", 10.0), ("MiB", 100.0))
+        for name, value in (("ours", 3.0), ("theirs", 2.0))
+    ]
+    browser.get(render(records, tmp_path / "speeds.html").as_uri())
+    assert column(browser, 7) == ["step/v1 MiB"] * 2
+    assert not browser.find_element("css selector", ".plots").size["height"]  # nothing has parameters or a latency
+    Select(browser.find_element("id", "filter-metric")).select_by_visible_text("All")
+    assert len(column(browser, 1)) == 6
+
+
 def test_clicking_a_header_sorts(page):
     values = [float(text.split()[0]) for text in column(page, 8)]
     assert values == sorted(values, reverse=True) and len(values) == 15
