@@ -27,14 +27,14 @@ def three_planes(
 ) -> Path:
     """Write a picture: a row per volume, its axial, coronal and sagittal plane through one point.
 
-    With an affine, planes are shown as radiologists call them: front up in the axial plane, top up in the others, the person's right
-    at the right hand, marked R; voxels in their proportions. Without one, the array is taken to be RAS of cubic voxels.
+    With an affine, front is up in the axial plane and top in the others, the person's right is on the right and marked R, and
+    voxels have their proportions. Without one, the array is taken to be RAS of cubic voxels.
 
     Args:
         volumes: name -> (D, H, W), all on one grid; grey runs from the 0.5th to the 99.5th percentile of what is not the lowest.
         out: file to write, .png for one.
-        masks: name -> (D, H, W), true where it lies over every volume; or per volume a mapping of such, for predictions beside truth.
-            Later ones lie over earlier ones.
+        masks: name -> (D, H, W), true where it lies over every volume; or per volume a mapping of such, for predictions beside
+            truth. Later ones lie over earlier ones.
         affine: (4, 4), index -> millimetres, of that grid.
         at: index of the point, (3,); the centre of the first mask's largest plane when not given, of the volume without masks.
         title: above all; say "semi-synthetic" here where it is.
