@@ -131,7 +131,7 @@ def write_scan(path: str | os.PathLike, values: np.ndarray | Tensor, affine: np.
 class Studies(_Manifest):
     """Studies below a folder, or in a table of paths.
 
-    Folder: files are called ``{study}_{sequence}.nii.gz`` or ``{study}-{sequence}.nii.gz`` and may lie in any sub-folders, as in BraTS
+    Folder: files are called ``ID_SEQUENCE.nii.gz`` or ``ID-SEQUENCE.nii.gz`` and may lie in any sub-folders, as in BraTS
     2020 to 2024 and UPenn-GBM. What has another ending is left out.
 
     Table: a CSV file with a column of paths, relative to it, per sequence: t1, t1n, T1Gd, flair ... in upper or lower case, or any
