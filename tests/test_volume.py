@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from okavango.models.preprocess import Normalise, Preprocess, PreprocessError, Resize, Volume
-from okavango.models.volume import Geometry, Resample, Scan, carry, orientation, prepare, sizes, undo
+from okavango.models.volume import Geometry, Resample, Scan, Turn, carry, orientation, prepare, sizes, undo
 
 torch.set_num_threads(1)
 CODES = [
@@ -97,7 +97,8 @@ def test_undo_gives_back_what_was_not_cut(codes, shape, size, foreground, channe
     np.testing.assert_array_equal(back[inside], values[inside])
     assert (back[~inside] == -1).all()
     if not foreground:
-        assert inside.sum() == np.prod(np.minimum([geometry.steps[0].after, shape][not geometry.steps], size)) or geometry.steps
+        turned = next((step.after for step in geometry.steps if isinstance(step, Turn)), shape)
+        assert inside.sum() == np.prod(np.minimum(turned, size))
     labels = np.stack([values + k for k in range(channels)])
     there = carry(geometry, labels, nearest=True)
     assert there.dtype == torch.int16 and tuple(there.shape) == (channels, *size)
@@ -369,9 +370,7 @@ def test_sequences_on_different_grids_are_named():
     here, there = affine_of("RAS"), affine_of("RAS")
     there[0, 3] += 5
     first = Scan(noise(4, 4, 4), here, name="a_t1.nii.gz")
-    with pytest.raises(
-        PreprocessError, match="a_flair.nii.gz has 4x4x5 voxels of 1x1x1 mm, a_t1.nii.gz has 4x4x4 voxels? ?of 1x1x1 mm|a_flair"
-    ):
+    with pytest.raises(PreprocessError, match="a_flair.nii.gz has 4x4x5 voxels of 1x1x1 mm, a_t1.nii.gz has 4x4x4 of 1x1x1 mm"):
         prepare(BRAIN, {"t1": first, "flair": Scan(noise(4, 4, 5), here, name="a_flair.nii.gz")})
     with pytest.raises(PreprocessError, match="a_flair.nii.gz stands up to 5.0 mm away from a_t1.nii.gz; register"):
         prepare(BRAIN, {"t1": first, "flair": Scan(noise(4, 4, 4), there, name="a_flair.nii.gz")})
