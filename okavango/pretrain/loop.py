@@ -407,11 +407,11 @@ def _total_memory() -> int:
 
 
 def _mined(objective, source: Source, step: int) -> Source:
-    """What the next steps see: the source, or what an objective with `mine_every` chooses from it at multiples of that number."""
+    """What the next steps see: the source, or what the objective makes of it, chosen anew at multiples of its `mine_every`."""
     every = getattr(objective, "mine_every", 0)
     if every and step % every == 0:
         objective.mine(source, step)
-    return objective.samples(source) if every else source
+    return objective.samples(source) if hasattr(objective, "samples") else source
 
 
 def _batches(objective, source: Source, batches: Batches, start: int, run: Run):
