@@ -83,7 +83,7 @@ def read_scan(path: str | os.PathLike) -> Scan:
             raise Unreadable(f"is cut off, {len(data)} of {need} bytes" if len(data) < need else "is not a NIfTI file")
     except Unreadable:
         raise
-    except (OSError, EOFError, ValueError, zlib.error, nibabel.spatialimages.HeaderDataError) as error:
+    except Exception as error:  # headers of torn files raise almost anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Unreadable(f"cannot be read ({reason.splitlines()[0]})") from None
     values = np.ndarray(shape, dtype, buffer=data, offset=start, order="F")
@@ -417,12 +417,16 @@ class Prepared:
             made from (names, sizes and times of files, and the preprocess), so that nothing stale is read; remove the folder at
             any time. Four sequences of 128 x 128 x 128 voxels take 34 MB.
     Raises:
-        ValueError: a cache for a source that cannot tell when a study changed.
+        ValueError: no sequence that the network takes, or a cache for a source that cannot tell when a study changed.
     """
 
     def __init__(self, source: Source, prepare: Prepare, cache: str | os.PathLike | None = None):
         if isinstance(source, Studies):
-            source = source.narrowed(prepare.known(source.modalities), seg=prepare.seg != "none")
+            known = prepare.known(source.modalities)
+            if not known:
+                have, want = ", ".join(source.modalities), ", ".join(prepare.preprocess)
+                raise ValueError(f"data {source.name!r} has the sequences {have}, and the network takes {want}; nothing fits")
+            source = source.narrowed(known, seg=prepare.seg != "none")
         if cache and not hasattr(source, "stamp"):
             raise ValueError(f"data {source.name!r}: only studies from files can be cached; leave the cache off")
         self.source, self.prepare = source, prepare
