@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from okavango.data.sources import BadSample, Source, _Manifest, _number
+from okavango.models.bm_mae import ALIASES
 from okavango.models.preprocess import Preprocess, PreprocessError, Volume
 from okavango.models.volume import Geometry, Scan, Turn, carry, expect_same_grid, orientation, prepare, turning
 
@@ -34,12 +35,7 @@ except ImportError:
     import zlib
 
 # Name of a sequence -> endings of file names and columns of tables: BraTS 2020, BraTS 2023, UPenn-GBM and their kin.
-SEQUENCES = {
-    "t1": ("t1", "t1n", "t1w", "t1native"),
-    "t1ce": ("t1ce", "t1c", "t1gd", "t1post", "t1wce"),
-    "t2": ("t2", "t2w"),
-    "flair": ("flair", "t2f", "t2flair", "fla"),
-}
+SEQUENCES = {name: (name, *others) for name, others in ALIASES.items()}
 SEGMENTATION = ("seg", "segm", "segmentation", "automated_approx_segm", "combined_approx_segm")  # a later one only without earlier
 FACTS = ("id", "split", "label", "time", "event")
 
