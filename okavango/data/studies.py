@@ -15,6 +15,7 @@ import json
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,6 @@ from okavango.data.sources import BadSample, Source, _Manifest, _number
 from okavango.models.bm_mae import ALIASES
 from okavango.models.preprocess import Preprocess, PreprocessError, Volume
 from okavango.models.volume import Geometry, Scan, Turn, carry, expect_same_grid, orientation, prepare, turning
-
-try:  # the same streams, several times faster
-    from isal import isal_zlib as zlib
-except ImportError:
-    import zlib
 
 # Name of a sequence -> endings of file names and columns of tables: BraTS 2020, BraTS 2023, UPenn-GBM and their kin.
 SEQUENCES = {name: (name, *others) for name, others in ALIASES.items()}

@@ -125,7 +125,11 @@ def _ch2(packages: Sequence[Path]) -> Anatomy:
         nearest = np.abs(t1[..., None] - levels).argmin(-1)
         levels = np.array([t1[(nearest == k) & (t1 > 0)].mean() for k in range(3)])
     tissue = (nearest + 1).astype(np.uint8) * (t1 > 0)
-    source = "Debian package mricron-data, one person averaged over scans; tissues by k-means of grey levels"
+    # the file has no fluid around the folds and in most of the ventricles
+    whole = ndimage.binary_fill_holes(ndimage.binary_closing(np.pad(t1 > 0, 8), iterations=6))[8:-8, 8:-8, 8:-8]
+    fluid = whole & (tissue == 0)
+    tissue[fluid], t1[fluid] = CSF, levels[0] * 0.6
+    source = "Debian package mricron-data, one person averaged over scans; tissues by k-means of grey levels, gaps filled with CSF"
     return _anatomy("ch2", t1, tissue, tuple(2 * side for side in spacing), source, [path])
 
 
