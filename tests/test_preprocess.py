@@ -353,8 +353,8 @@ def test_black_floats_and_other_scales_are_not_suspected():
 def test_unknown_modality_and_kinds_without_a_reader():
     with pytest.raises(PreprocessError, match="unknown modality 'picture': this checkpoint takes image"):
         plain()(picture=GOOD)
-    preprocess = Preprocess(v=Volume(channels=("t1",)), t=Text(tokenizer="x/y"))
-    for name, kind in (("v", "Volume"), ("t", "Text")):
+    preprocess = Preprocess(t=Text(tokenizer="x/y"))
+    for name, kind in (("t", "Text"),):
         with pytest.raises(PreprocessError, match=f"'{name}': no reader for {kind}"):
             preprocess(**{name: GOOD})
 

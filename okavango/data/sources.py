@@ -1,4 +1,4 @@
-"""Where pictures come from: folders, WebDataset shards, arrays, Hugging Face datasets. Map-style, picklable, never shuffled.
+"""Where samples come from: folders, WebDataset shards, arrays, Hugging Face datasets. Map-style, picklable, never shuffled.
 
 A source answers `source[i]` with ``{"image": uint8 (C, H, W), "label": int, "id": str}``. What cannot be read raises `BadSample`,
 so that a loader can replace and count it.
@@ -34,6 +34,7 @@ try:  # deprecated since torchvision 0.29 and to be removed; up to twice as fast
 except ImportError:
     decode_image = None
 
+SCANS = (".nii", ".nii.gz")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 
 
@@ -87,8 +88,9 @@ def open_source(spec: str | os.PathLike | Source, *, max_side: int | None = None
     Args:
         spec: a source (returned as it is), a `datasets.Dataset`, or a place: a folder of pictures, flat or with a folder per
             class; a folder, pattern (``"train-{000..127}.tar"``, ``"*.tar"``) or file of WebDataset shards; a folder written by
-            `datasets.save_to_disk`; ``samples/fashion`` or ``samples/fashion:test`` for a sample that ships with the package;
-            ``NAME:REST`` for a source that another package offers by the entry point ``okavango.data``.
+            `datasets.save_to_disk`; a folder of NIfTI studies, or a table of them, ``studies.csv`` or ``studies.csv:SPLIT`` (see
+            `okavango.data.studies.Studies`); ``samples/fashion`` or ``samples/fashion:test`` for a sample that ships with the
+            package; ``NAME:REST`` for a source that another package offers by the entry point ``okavango.data``.
         max_side: pictures with a longer side are shrunk to it while they are decoded (sources that read files only).
     Raises:
         ValueError: nothing there, or nothing that can be read; the message says what was expected.
@@ -106,6 +108,10 @@ def open_source(spec: str | os.PathLike | Source, *, max_side: int | None = None
     if "://" in text:
         raise ValueError(f"data {text!r}: only local data is read; download it first and name the folder or the .tar files")
     path = Path(text).expanduser()
+    table, _, split = text.partition(".csv:")
+    if path.suffix == ".csv" or split or _holds_scans(path):
+        make = importlib.import_module("okavango.data.studies").Studies
+        return make(f"{table}.csv", split=split) if split else make(path)
     if path.suffix == ".tar" or (not path.exists() and re.search(r"[*?\[{]", text)):
         return Shards(text, max_side=max_side)
     if path.is_file():
@@ -123,12 +129,24 @@ def open_source(spec: str | os.PathLike | Source, *, max_side: int | None = None
     return ImageFolder(path, max_side=max_side)
 
 
+def _holds_scans(path: Path) -> bool:
+    """Whether the first file below a folder that is a picture or a scan is a scan."""
+    for _, subfolders, files in os.walk(path, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(name.lower() for name in files if not name.startswith(".")):
+            if name.endswith(SCANS + EXTENSIONS):
+                return name.endswith(SCANS)
+    return False
+
+
 def _shipped(text: str) -> Source:
     name, _, split = text.removeprefix("samples/").partition(":")
     try:
         make = getattr(importlib.import_module(f"okavango.samples.{name}"), name)
     except (ImportError, AttributeError):
-        raise ValueError(f"no sample {text!r} ships; there are samples/fashion and samples/places (or :test)") from None
+        raise ValueError(
+            f"no sample {text!r} ships; there are samples/fashion, samples/places and samples/brain (or :test)"
+        ) from None
     return make(split) if split else make()
 
 

@@ -161,10 +161,11 @@ def normalise(values: Tensor, rule: Normalise, measured: Tensor | None = None) -
             present = present & measured
         count = present.flatten(1).sum(1).clamp_min(1)
         # Summed in float64, so that the mean of a constant channel is that constant.
-        mean = (values.where(present, 0).flatten(1).sum(1, dtype=torch.float64) / count).to(values.dtype).view(shape)
-        deviation = torch.where(present, values - mean, 0)
-        std = (deviation.square().flatten(1).sum(1) / count).sqrt().view(shape)
-        values = deviation / std.clamp_min(1e-12)
+        cells = values if measured is None else values.where(measured, 0)
+        mean = (cells.flatten(1).sum(1, dtype=torch.float64) / count).to(values.dtype).view(shape)
+        deviation = (cells - mean).mul_(present)
+        std = torch.linalg.vector_norm(deviation.flatten(1), dim=1).div_(count.sqrt()).view(shape)
+        values = deviation.div_(std.clamp_min(1e-12))
         if rule.rule == "deviations":
             values = (values / (2 * rule.deviations) + 0.5).clamp(0, 1)
     if rule.rule in ("stretch", "percentile"):

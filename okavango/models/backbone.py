@@ -168,7 +168,7 @@ def register(build: Build) -> Build:
 
 def architectures() -> dict[str, Callable[..., Backbone]]:
     """All architectures by name: our own and those that other packages offer by the entry point ``okavango.models``."""
-    from okavango.models import adapters, elastic_resnet, elastic_swin, elastic_vit, selavpr  # noqa: F401  (register themselves)
+    from okavango.models import adapters, bm_mae, elastic_resnet, elastic_swin, elastic_vit, selavpr  # noqa: F401  (register themselves)
 
     plugins = {point.name: point for point in entry_points(group="okavango.models") if point.name not in ARCHITECTURES}
     for name, point in plugins.items():

@@ -269,21 +269,46 @@ class Preprocess(Mapping[str, InputSpec]):
             **inputs: per modality one sample, a list of samples or a batch: uint8 or float, (H, W) or (H, W, C) for numpy and PIL,
                 (H, W) or (C, H, W) for tensors, with a leading B for a batch. 8-bit values are 0..255, floats are in the units
                 that `scale` and `offset` start from. A raster is a `Bands`, a list of them, or a plain array together with
-                ``allow={"undescribed": reason}``.
+                ``allow={"undescribed": reason}``. Volumes come under any of their aliases, as arrays (D, H, W) or as
+                `okavango.models.volume.Scan`, in lists with None for a study that lacks the modality.
         Returns:
-            modality -> float32 tensor (B, C, H, W).
+            modality -> float32 tensor (B, C, H, W), or (B, C, D, H, W) of volumes; where a study lacks one, "present" too.
         Raises:
             PreprocessError: unknown modality, wrong number of channels, already normalised input.
         """
         from okavango.models import raster  # noqa: F401  (registers itself; torch is imported only when data arrives)
         from okavango.models._apply import apply
 
-        out = {}
-        for name, value in inputs.items():
-            if name not in self:
-                raise PreprocessError(f"unknown modality {name!r}: this checkpoint takes {', '.join(self) or 'none'}")
-            out[name] = apply(self[name], value, name, **({"allow": allow} if allow else {}))
+        out: dict[str, Any] = {}
+        volumes: dict[str, Any] = {}  # together, because the sequences of a study stay on one grid
+        for given, value in inputs.items():
+            name = self.resolve(given)
+            if name in volumes:
+                raise PreprocessError(f"modality {name!r} was given twice, once as {given!r}")
+            if isinstance(self[name], Volume):
+                volumes[name] = value
+            else:
+                out[name] = apply(self[name], value, name, **({"allow": allow} if allow else {}))
+        if volumes:
+            from okavango.models.volume import batches
+
+            out |= batches(self, volumes)
         return out
+
+    def resolve(self, given: str) -> str:
+        """The modality that a name or, for volumes, an alias such as "T1Gd" means; upper and lower case are the same there.
+
+        Raises:
+            PreprocessError: neither; the message lists what is known.
+        """
+        if given in self:
+            return given
+        aliases = {alias.lower(): name for name, spec in self.specs if isinstance(spec, Volume) for alias in _names(name, spec)}
+        if given.lower() in aliases:
+            return aliases[given.lower()]
+        others = sorted(set(aliases) - set(self))
+        more = f" (also known as {', '.join(others)})" if others else ""
+        raise PreprocessError(f"unknown modality {given!r}: this checkpoint takes {', '.join(self) or 'none'}{more}")
 
     def array(self, modality: str = "image") -> ArraySpec:
         """The spec of a modality that comes as arrays, which have channels, a size and a normalisation.
@@ -329,6 +354,11 @@ class Preprocess(Mapping[str, InputSpec]):
             fields = {key: value for key, value in entry.items() if key != "kind"}
             specs[name] = _build(_KINDS[kind], fields, f"preprocess of {name!r}")
         return cls(specs)
+
+
+def _names(modality: str, spec: Volume) -> tuple[str, ...]:
+    """What a modality of one channel may be called; of several channels, aliases name the channels."""
+    return (modality, *spec.channels, *(alias for alias, _ in spec.aliases)) if len(spec.channels) == 1 else (modality,)
 
 
 def _build(cls: type, fields: Any, where: str):

@@ -405,11 +405,11 @@ def _total_memory() -> int:
 
 
 def _mined(objective, source: Source, step: int) -> Source:
-    """What the next steps see: the source, or what an objective with `mine_every` chooses from it at multiples of that number."""
+    """What the next steps see: the source, or what the objective makes of it, chosen anew at multiples of its `mine_every`."""
     every = getattr(objective, "mine_every", 0)
     if every and step % every == 0:
         objective.mine(source, step)
-    return objective.samples(source) if every else source
+    return objective.samples(source) if hasattr(objective, "samples") else source
 
 
 def _batches(objective, source: Source, batches: Batches, start: int, run: Run):
@@ -627,7 +627,10 @@ def _export(objective, out: Path, recipe: Recipe, card: dict, main: bool) -> Non
         prefix = module.backbone_prefix if head else ""
         kind = "head" if head else "backbone"
         save_checkpoint(module, folder, kind=kind, head=head, backbone_prefix=prefix, card={**common, **own})
-    save_checkpoint(objective, out / "export-full", kind="objective", card=common, backbone_prefix=objective.backbone_prefix)
+    head = objective.head_config() if hasattr(objective, "head_config") else None
+    save_checkpoint(
+        objective, out / "export-full", kind="objective", head=head, card=common, backbone_prefix=objective.backbone_prefix
+    )
 
 
 def learning_curves(log: Path, picture: Path) -> None:
