@@ -139,7 +139,7 @@ class Packing:
         counts = visible.sum(1) + prefix
         order = counts.argsort(stable=True)
         lengths, samples = torch.unique_consecutive(counts[order], return_counts=True)
-        groups = tuple((k * n, n) for k, n in zip(samples.tolist(), lengths.tolist(), strict=True) if n)
+        groups = tuple((k * n, n) for k, n in zip(samples.tolist(), lengths.tolist(), strict=True) if n) or ((0, 1),)
         found = F.pad(visible, (prefix, 0), value=True)[order].nonzero()
         return cls(prefix, grids, groups, order[found[:, 0]] * length + found[:, 1], visible)
 
