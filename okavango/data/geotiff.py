@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from okavango.data.tiles import Window
+from okavango.data.tiles import Window, moved
 from okavango.models.preprocess import PreprocessError
 from okavango.models.raster import UNITS, Bands
 from okavango.models.sensors import SENTINEL_2, find_band, find_sensor, landsat_scaling
@@ -107,11 +107,8 @@ def _folder(where: Path) -> _Product:
     if not paths:
         raise GeoError(f"{where}: no raster in this folder; looked for {' '.join(SUFFIXES)}")
     bands: list[tuple[Path, str | None]] = [(path, name) for path in paths if (name := band_name(path.stem))]
-    single = len(paths) == 1
-    return _Product(
-        bands or [(path, None if single else path.stem) for path in paths],
-        {**_named(paths[0].name), **_named(where.resolve().name)},
-    )
+    stems = [(path, path.stem if len(paths) > 1 else None) for path in paths]
+    return _Product(bands or stems, {**_named(paths[0].name), **_named(where.resolve().name)})
 
 
 def _landsat(path: Path) -> _Product:
@@ -198,9 +195,10 @@ def sidecar(folder: str | os.PathLike) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise GeoError(f"{path}: no JSON ({error})") from None
-    unknown = sorted(set(said) - {*FIELDS, "files"}) if isinstance(said, dict) else ["no object"]
-    if unknown:
-        raise GeoError(f"{path}: {unknown[0]!r}; expected an object with some of {', '.join((*FIELDS, 'files'))}")
+    unknown = sorted(set(said) - {*FIELDS, "files"}) if isinstance(said, dict) else []
+    if unknown or not isinstance(said, dict):
+        what = repr(unknown[0]) if unknown else f"a {type(said).__name__}"
+        raise GeoError(f"{path}: {what}; expected an object with some of {', '.join((*FIELDS, 'files'))}")
     return said
 
 
@@ -224,22 +222,23 @@ class _File:
 class Scene:
     """The files of one place, opened; windows of it are read onto one grid.
 
-    The grid is that of the finest band read, or has pixels of `resolution`. Coarser bands are brought to it bilinearly, finer ones by
-    the average of what a pixel covers, from measured values only; whether a pixel was measured goes by the nearest one. Reading
+    The grid is that of the finest band read, or has pixels of `resolution`. Coarser bands are brought to it bilinearly, finer ones
+    by the average of what a pixel covers, from measured values only; whether a pixel was measured goes by the nearest one. Reading
     window by window gives the same pixels as reading all at once.
 
     Args:
         where: a GeoTIFF; a folder of per-band files, plain or of a Landsat or Sentinel-2 product; a product's metadata file
             (``*_MTL.txt``, ``MTD_MSI*.xml``); or a list of files.
-        bands: names of the bands to read, in this order, by any of their names; None reads all (of Landsat, those of reflected light
-            at their common resolution).
+        bands: names of the bands to read, in this order, by any of their names; None reads all (of Landsat, those of reflected
+            light at their common resolution).
         resolution: side of a pixel, in units of the coordinate system; None for that of the finest band.
         **given: what is known of the data, and goes before what the files say: `channels` (names in the order of the bands of the
             file, or of the files), `sensor`, `level`, `units`, `scale`, `offset`, `wavelengths`, `nodata`, `baseline`, `time`,
             `normalised`; see `Bands`. ``units="dn"`` leaves out the scale to reflectance that a product or a tag gives.
     Attributes:
         about: the description of what `read` returns, `Bands` without values.
-        height, width: of the grid, in pixels. transform: `affine.Affine` of the grid.
+        height, width: of the grid, in pixels. transform: `affine.Affine` of the grid. dtype: of what `read` returns.
+        block: rows of the grid that the files store together.
         files: paths, in the order in which they were found.
     Raises:
         GeoError: no raster there, torn, a band that is not there, or files that do not cover the same place.
@@ -339,30 +338,30 @@ class Scene:
 
     def _lay(self, resolution: float | None) -> None:
         """The grid, and whether every file lies on it."""
-        Affine = type(self._of[0].dataset.transform)
         finest = min(self._of, key=lambda file: abs(file.dataset.transform.a)).dataset
         self.transform, self.height, self.width = finest.transform, finest.height, finest.width
         if resolution:
             if finest.transform.b or finest.transform.d:
                 raise GeoError(f"{self.files[0]}: lies at an angle to its coordinate system; leave resolution= out")
-            factor = resolution / abs(finest.transform.a)
-            self.transform = finest.transform * Affine.scale(factor, resolution / abs(finest.transform.e))
-            self.height, self.width = (max(1, round(side / factor)) for side in (finest.height, finest.width))
+            factors = resolution / abs(finest.transform.e), resolution / abs(finest.transform.a)
+            self.transform = moved(finest.transform, 0, 0, *factors)
+            self.height, self.width = (max(1, round(side / f)) for side, f in zip(finest.shape, factors, strict=True))
         crs = next((file.dataset.crs for file in self._of if file.dataset.crs), None)
         for file in self._of:
             other = file.dataset
             if other.crs and other.crs != crs:
-                raise GeoError(
-                    f"{file.path}: {_short(other.crs)}, and {self._of[0].path.name} has {_short(crs)}; bring them to one"
-                )
+                first = f"{self._of[0].path.name} has {_short(crs)}"
+                raise GeoError(f"{file.path}: {_short(other.crs)}, and {first}; the files of a scene share one")
             if not self._on_grid(file):
                 pixel = max(abs(other.transform.a), abs(self.transform.a))
                 gap = max(abs(a - b) for a, b in zip(other.bounds, finest.bounds, strict=True))
                 if other.transform.b or other.transform.d or gap > pixel or other.transform.is_identity:
                     raise GeoError(
-                        f"{file.path}: {other.width}x{other.height} pixels over {_box(other)}, which is not where {finest.name} lies "
-                        f"({finest.width}x{finest.height} over {_box(finest)}); the files of a scene cover the same place"
+                        f"{file.path}: {other.width}x{other.height} pixels over {_box(other)}, and {Path(finest.name).name} has "
+                        f"{finest.width}x{finest.height} over {_box(finest)}; the files of a scene cover the same place"
                     )
+        heights = (file.dataset.block_shapes[0][0] * file.dataset.transform.e / self.transform.e for file in self._of)
+        self.block = max(1, round(max(heights)))
         placed = not self.transform.is_identity
         if not all(map(self._on_grid, self._of)):
             self.dtype = np.result_type(self.dtype, np.float32)
@@ -376,8 +375,9 @@ class Scene:
     def _on_grid(self, file: _File) -> bool:
         """Whether its pixels are the grid's, within a hundredth of one."""
         shape, ours, theirs = (self.height, self.width), self.transform, file.dataset.transform
-        gaps = [abs(a - b) for at in ((0, 0), shape[::-1]) for a, b in zip(ours * at, theirs * at, strict=True)]
-        return shape == (file.dataset.height, file.dataset.width) and max(gaps) <= 0.01 * abs(ours.a)
+        corners = [tuple(moved(each, *at))[2:6:3] for at in ((0, 0), shape) for each in (ours, theirs)]
+        gaps = (abs(a - b) for pair in zip(corners[::2], corners[1::2], strict=True) for a, b in zip(*pair, strict=True))
+        return shape == file.dataset.shape and max(gaps) <= 0.01 * abs(ours.a)
 
     def read(self, window: tuple[int, int, int, int] | None = None) -> Bands:
         """A part of the scene.
@@ -396,7 +396,7 @@ class Scene:
             raise GeoError(f"{self.files[0]}: a window of {window.height}x{window.width} pixels; expected at least 1x1")
         inside = _intersect(window, whole)
         parts = [(file, *self._part(file, inside)) for file in self._of]
-        transform = tuple(self.transform * type(self.transform).translation(window.left, window.top))[:6]
+        transform = tuple(moved(self.transform, window.top, window.left))[:6]
         about = replace(self.about, transform=transform if self.about.transform else ())
         if len(parts) == 1 and inside == window and parts[0][2] is None:
             return replace(about, values=parts[0][1].astype(self.dtype, copy=False))
@@ -437,7 +437,7 @@ class Scene:
             return _resampled(values.astype(wide), rows, columns, steps), None
         sums = _resampled(np.where(measured, values, 0).astype(wide), rows, columns, steps)
         shares = _resampled(measured.astype(wide), rows, columns, steps)
-        nearest = np.ix_(range(len(values)), _nearest(rows, near.height), _nearest(columns, near.width))
+        nearest = np.ix_(np.arange(len(values)), _nearest(rows, near.height), _nearest(columns, near.width))
         return np.divide(sums, shares, out=np.zeros_like(sums), where=shares > 0), measured[nearest]
 
 
@@ -496,10 +496,25 @@ class Alike:
             raise GeoError(f"{path}: torn, or no raster ({_line(error)})") from None
         if count != self.count or values.dtype != self.dtype:
             raise GeoError(
-                f"{path}: {count} bands of {values.dtype}, and the first file has {self.count} of {self.dtype}; files of one folder "
-                "are alike"
+                f"{path}: {count} bands of {values.dtype}, and the first file has {self.count} of {self.dtype}; the files of a "
+                "folder are read alike"
             )
         return replace(self.about, values=values)
+
+
+def cache(size: int) -> Any:
+    """A context in which GDAL keeps at most `size` bytes of decoded blocks; it believes the first that says so in a process."""
+    return _rasterio().Env(GDAL_CACHEMAX=size)
+
+
+def create(path: Path, **profile: Any) -> Any:
+    """A GeoTIFF to write to, as `rasterio.open` makes it."""
+    return _rasterio().open(path, "w", driver="GTiff", **profile)
+
+
+def window(part: Window) -> Any:
+    """As rasterio writes it."""
+    return _rasterio().windows.Window(part.left, part.top, part.width, part.height)
 
 
 @functools.cache
@@ -528,9 +543,7 @@ def _bands_of(path: Path, name: str | None, dataset: Any, sensor: str) -> list[t
     indexes = [index for index, colour in enumerate(colours, 1) if colour != "alpha"]
     if name is not None:
         if len(indexes) > 1:
-            raise GeoError(
-                f"{path}: holds {len(indexes)} bands; in a folder of a scene, each file holds one. Name the file to read it"
-            )
+            raise GeoError(f"{path}: {len(indexes)} bands; each file of a scene's folder holds one. Name the file to read it alone")
         text = dataset.descriptions[indexes[0] - 1]
         return [(indexes[0], text if text and find_band(sensor, text) else name)]
     texts = [dataset.descriptions[index - 1] for index in indexes]
@@ -567,19 +580,21 @@ def _tagged(picked: Sequence[tuple[Path, Any, int, str]]) -> dict[str, Any]:
         said = {"scale": scales, "offset": offsets}
     if len(units) == 1 and (unit := units.pop()) in UNITS:
         said["units"] = unit
+    elif {name for *_, name in picked} == {"red", "green", "blue"} and {d.dtypes[i - 1] for _, d, i, _ in picked} == {"uint8"}:
+        said["units"] = "u8"  # the colours of a picture
     return said
 
 
-def _pixels(file: _File, window: Window) -> tuple[np.ndarray, np.ndarray | None]:
+def _pixels(file: _File, part: Window) -> tuple[np.ndarray, np.ndarray | None]:
     """Stored values of a window inside the file, and where they were measured; None: everywhere."""
     rasterio = _rasterio()
-    where = rasterio.windows.Window(window.left, window.top, window.width, window.height)
+    where = window(part)
     try:
         values = file.dataset.read(list(file.indexes), window=where)
         masks = file.dataset.read_masks(list(file.indexes), window=where) > 0 if file.masked else None
     except rasterio.errors.RasterioError as error:
-        part = f"rows {window.top}..{window.top + window.height - 1}, columns {window.left}..{window.left + window.width - 1}"
-        raise GeoError(f"{file.path}: torn, cannot be read at {part} ({_line(error)})") from None
+        rows, columns = f"{part.top}..{part.top + part.height - 1}", f"{part.left}..{part.left + part.width - 1}"
+        raise GeoError(f"{file.path}: torn, cannot be read at rows {rows}, columns {columns} ({_line(error)})") from None
     measured = masks
     if file.nodata is not None and file.nodata == file.nodata:
         measured = values != file.nodata if measured is None else measured & (values != file.nodata)

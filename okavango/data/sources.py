@@ -90,9 +90,10 @@ def open_source(spec: str | os.PathLike | Source, *, max_side: int | None = None
 
     Args:
         spec: a source (returned as it is), a `datasets.Dataset`, or a place: a folder of pictures, flat or with a folder per
-            class, or of GeoTIFF patches in the same way (see `Patches`); a folder, pattern (``"train-{000..127}.tar"``, ``"*.tar"``) or file of WebDataset shards; a folder written by
-            `datasets.save_to_disk`; ``samples/fashion`` or ``samples/fashion:test`` for a sample that ships with the package;
-            ``NAME:REST`` for a source that another package offers by the entry point ``okavango.data``.
+            class; the same of GeoTIFF patches (see `Patches`); a folder, pattern (``"train-{000..127}.tar"``, ``"*.tar"``) or file
+            of WebDataset shards; a folder written by `datasets.save_to_disk`; ``samples/fashion`` or ``samples/fashion:test`` for
+            a sample that ships with the package; ``NAME:REST`` for a source that another package offers by the entry point
+            ``okavango.data``.
         max_side: pictures with a longer side are shrunk to it while they are decoded (sources that read files only).
     Raises:
         ValueError: nothing there, or nothing that can be read; the message says what was expected.
@@ -223,7 +224,7 @@ class Patches(_Manifest):
 
     def __init__(self, folder: ImageFolder, **given: Any):
         self.root, self.name, self.ids = folder.root, folder.name, folder.ids
-        self.classes, self.labels, self._sizes = folder.classes, folder.labels, folder._sizes
+        self.classes, self.labels, self.folder = folder.classes, folder.labels, folder
         said = sidecar(self.root) or sidecar(self.root.resolve().parent)
         self.read = Alike(self.root / self.ids[0], **{**said, **given})
 
@@ -232,6 +233,9 @@ class Patches(_Manifest):
             return self.read(self.root / self.ids[index])
         except GeoError as error:
             raise BadSample(self.ids[index], str(error).removeprefix(f"{self.root / self.ids[index]}: ")) from None
+
+    def _sizes(self) -> Iterable[object]:
+        return self.folder._sizes()
 
 
 class Shards(_Manifest):
@@ -639,7 +643,7 @@ class _Cached:
             return self.samples[index]
         sample = self.source[index]
         image = sample["image"]
-        size = image.values.nbytes if isinstance(image, Bands) else image.numel()
+        size = np.asarray(image.values).nbytes if isinstance(image, Bands) else image.numel()
         if size <= self.left:
             self.left -= size
             self.samples[index] = sample

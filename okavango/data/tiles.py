@@ -18,6 +18,16 @@ class Window(NamedTuple):
     width: int
 
 
+def moved(transform, top: float, left: float, tall: float = 1.0, wide: float = 1.0):
+    """The transform of pixels that begin `top` and `left` pixels further on and are `tall` and `wide` pixels large.
+
+    Args:
+        transform: `affine.Affine` (which spells this differently from version to version).
+    """
+    a, b, c, d, e, f = tuple(transform)[:6]
+    return type(transform)(a * wide, b * tall, c + a * left + b * top, d * wide, e * tall, f + d * left + e * top)
+
+
 @dataclass(frozen=True)
 class Tiles:
     """The regular grid of square windows that covers a scene.
@@ -88,8 +98,7 @@ class Tiles:
         """
         if transform is None:
             return None
-        # both are class methods of `Affine`
-        return transform * transform.translation(self.overlap / 2, self.overlap / 2) * transform.scale(self.stride)
+        return moved(transform, self.overlap / 2, self.overlap / 2, self.stride, self.stride)
 
 
 def mosaic(
@@ -114,21 +123,19 @@ def mosaic(
     """
     if overlap not in ("blend", "centre"):
         raise ValueError(f"overlap {overlap!r}: expected 'blend' or 'centre'")
-    row = -1
-    join = _blended if overlap == "blend" else _centred
-    held = np.zeros((channels + 1, tiles.size, tiles.width), np.float32) if overlap == "blend" else None
+    row, held = -1, np.zeros((channels + 1, tiles.size, tiles.width), np.float32)
     for row, line in enumerate(maps):
         if row >= tiles.rows or len(line) != tiles.columns:
             raise ValueError(f"row {row} of {len(line)} maps: expected {tiles.rows} rows of {tiles.columns}")
         for each in line:
             if each is not None and each.shape != (channels, tiles.size, tiles.size):
                 raise ValueError(f"a map of shape {each.shape}: expected {(channels, tiles.size, tiles.size)}")
-        yield join(tiles, row, line, channels, held)
+        yield _blended(tiles, row, line, held) if overlap == "blend" else _centred(tiles, row, line, channels)
     if row != tiles.rows - 1:
         raise ValueError(f"{row + 1} rows of maps: expected {tiles.rows}")
 
 
-def _centred(tiles: Tiles, row: int, line: Sequence[np.ndarray | None], channels: int, _: None) -> np.ndarray:
+def _centred(tiles: Tiles, row: int, line: Sequence[np.ndarray | None], channels: int) -> np.ndarray:
     strip = np.full((channels, tiles.centre(row, 0).height, tiles.width), np.nan, np.float32)
     for column, each in enumerate(line):
         if each is not None:
@@ -138,8 +145,9 @@ def _centred(tiles: Tiles, row: int, line: Sequence[np.ndarray | None], channels
     return strip
 
 
-def _blended(tiles: Tiles, row: int, line: Sequence[np.ndarray | None], channels: int, held: np.ndarray) -> np.ndarray:
+def _blended(tiles: Tiles, row: int, line: Sequence[np.ndarray | None], held: np.ndarray) -> np.ndarray:
     """`held` (channels + 1, size, width): weighted sums and, last, sums of weights, from the first row of this row of tiles on."""
+    channels = len(held) - 1
     ramp = np.minimum(1, np.minimum(np.arange(1, tiles.size + 1), np.arange(tiles.size, 0, -1)) / (tiles.overlap + 1))
     weight = np.outer(ramp, ramp).astype(np.float32)
     for column, each in enumerate(line):
