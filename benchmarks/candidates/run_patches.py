@@ -23,9 +23,12 @@ BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "
 
 def okavango(files: list[str]) -> Callable[[list[str]], Tensor]:
     """Ours: files that are alike, and the contract of the checkpoint."""
+    import cv2
+
     from okavango.data.geotiff import Alike
     from okavango.models.preprocess import Preprocess, Raster, Resize
 
+    cv2.setNumThreads(torch.get_num_threads())
     spec = Raster(
         channels=BANDS,
         sensor="sentinel-2",
