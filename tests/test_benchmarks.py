@@ -8,10 +8,13 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers import ROOT
 
+from okavango.data.geotiff import read
 from okavango.models.features import Subnet
 from okavango.recipes.pretraining import poa_vit_small
+from okavango.zoo.hub import load
 from okavango.zoo.leaderboard.records import read_records
 
 NETWORK = dict(patch_size=8, min_width=32, max_width=64, width_step=32, head_dim=16, min_depth=1, max_depth=2)
@@ -108,3 +111,23 @@ def test_growth_writes_records_and_a_page_with_a_picture(script, monkeypatch, tm
     assert [(r.baseline, r.settings["point"]["width"]) for r in records] == [("width", 64)] * 2 + [("width", 128)] * 2
     assert read_records(tmp_path / "growth.jsonl") == records
     assert "data:image/png;base64," in (tmp_path / "growth.html").read_text()
+
+
+def test_patches_become_the_same_input_by_ours_and_by_torchvision(script, tmp_path, monkeypatch):
+    files = script("preprocess").write_patches(tmp_path / "data", 3, 16)
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks" / "candidates"), *sys.path])
+    candidates = importlib.import_module("run_patches")
+    ours = candidates.okavango(files)(files)
+    assert ours.shape == (3, 13, 224, 224)
+    for name in ("torchvision", "torchvision_each"):
+        torch.testing.assert_close(getattr(candidates, name)(files)(files), ours, atol=1e-5, rtol=0)
+
+
+def test_a_scene_for_the_benchmark_has_a_network_that_takes_it(script, tmp_path):
+    scene = script("scene")
+    scene.write_scene(tmp_path / "scene.tif", 600)
+    scene.save_network(tmp_path / "checkpoint")
+    bands = read(tmp_path / "scene.tif", sensor="sentinel-2", level="L2A", units="dn", baseline="02.08")
+    assert bands.values.shape == (4, 600, 600) and (bands.values[:, :85, :85] == 0).all() and (bands.values[:, 86:, 86:] > 0).all()
+    model = load(str(tmp_path / "checkpoint"))
+    assert model(**model.preprocess(image=bands)).pooled.shape == (1, 64)

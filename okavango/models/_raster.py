@@ -243,11 +243,16 @@ def _op_normalise(values, measured, *, rule: Normalise) -> State:
 
 def _op_resize(values, measured, *, rule: Resize, size) -> State:
     shape = values.shape
-    values = resize_to(values.flatten(0, 1), size, rule, _interpolated).unflatten(0, shape[:2])
+    first = resize_to(values[0], size, rule, _interpolated)
+    out = first[None]
+    if shape[0] > 1:  # sample by sample, so that what a crop throws away stays in the cache
+        out = first.new_empty(shape[0], *first.shape)
+        for number, sample in enumerate(values):
+            out[number] = resize_to(sample, size, rule, _interpolated) if number else first
     if measured is not None:
         nearest = dataclasses.replace(rule, interpolation="nearest", fill=1.0)
         measured = resize_to(measured.flatten(0, 1).float(), size, nearest).unflatten(0, shape[:2]) > 0.5
-    return values.contiguous(), measured
+    return out.contiguous(), measured
 
 
 def _interpolated(planes: Tensor, size: list[int], rule: Resize) -> Tensor:

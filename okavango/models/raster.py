@@ -599,6 +599,8 @@ def _apply_all(spec: Raster, samples: Sequence[Bands], allow: frozenset[str]) ->
             continue
         stack: Any = torch.stack if isinstance(first.values, Tensor) else np.stack
         batch = apply_raster(made, stack([samples[position].values for position in members]))
+        if len(groups) == 1:
+            return batch  # the rule, and no copy
         done.update(zip(members, batch.split(1), strict=True))
     if len({tuple(part.shape[1:]) for part in done.values()}) > 1:
         sizes = sorted({tuple(part.shape[-2:]) for part in done.values()})
