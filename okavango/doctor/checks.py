@@ -1,0 +1,510 @@
+"""What can be wrong with data under a contract: one small function each, `Seen` -> findings. `CHECKS` lists them.
+
+A check looks at numbers only. Where there are labels, `okavango.doctor.trials` measures afterwards whether its suggestion helps.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from okavango.doctor.seen import Seen
+from okavango.models.preprocess import Image, Normalise, Raster
+from okavango.models.raster import SWITCHES, UNITS, plan
+from okavango.models.sensors import HARMONISED, baseline_offset, sensor_name
+
+Severity = Literal["ok", "look", "wrong"]
+
+# Distance of values from what a normalisation expects, see `misfit`: ordinary pictures lie below 2 under the statistics of
+# ImageNet (black drawings on white and white ones on black included), and data of a training set's kind below 0.25 of its own.
+FAR, OFF = 4.0, 3.0
+FAR_OF_REFERENCE, OFF_OF_REFERENCE = 1.0, 0.25
+
+MARKS = (-999.0, -9999.0, -99999.0, -32767.0, -32768.0)  # for missing values; no unit goes down there
+
+FACTORS = {
+    255.0: "they are 0..1 already, not 0..255",
+    1 / 255: "they are 0..255, not 0..1",
+    257.0: "they have been divided by 65535 instead of 255",
+    1 / 257: "they are 16-bit numbers, not 8-bit ones",
+    16.0: "they are 12-bit numbers in files of 16 bits",
+    1 / 16: "they are 12-bit numbers, not 8-bit ones",
+    1e4: "they are reflectance already, not reflectance times 10000",
+    1e-4: "they are reflectance times 10000, not reflectance",
+    100.0: "they are fractions, not per cent",
+    1e-2: "they are per cent, not fractions",
+}
+
+_UNITS = {
+    "dn": "the sensor's stored numbers",
+    "reflectance": "reflectances",
+    "db": "decibels",
+    "linear": "linear backscatter",
+    "u8": "8-bit numbers",
+    "kelvin": "kelvin",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that one should know of the data.
+
+    Attributes:
+        check: name of the check that found it.
+        severity: "ok" for a remark, "look" where it may be meant so, "wrong" where it can hardly be.
+        sentence: what, why, and what to do.
+        evidence: the numbers behind it, fit for JSON.
+        change: the suggestion in a few words, "" where there is none.
+        changes: fields of the contract's spec that it sets; data: fields of the description of the data (`Bands`) that it sets.
+    """
+
+    check: str
+    severity: Severity
+    sentence: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+    change: str = ""
+    changes: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+Check = Callable[[Seen], Iterator[Finding]]
+
+
+def examine(seen: Seen) -> list[Finding]:
+    """All findings, the gravest first. A refusal that another finding explains is told there."""
+    found = [finding for check in CHECKS for finding in check(seen)]
+    explained = any(finding.severity == "wrong" and finding.change for finding in found)
+    if explained and seen.refused:
+        refusal = seen.refused.most_common(1)[0][0]
+        found = [replace(each, evidence={**each.evidence, "refused": refusal}) for each in found if each.check != "refused"]
+    return sorted(found, key=lambda finding: ("wrong", "look", "ok").index(finding.severity))
+
+
+# -- what the contract itself says ----------------------------------------------------------------------------------------
+
+
+def refused(seen: Seen) -> Iterator[Finding]:
+    """The contract does not take the data."""
+    for message, count in seen.refused.most_common(3):
+        sentence = f"The contract refuses {_of(count, seen.samples)}: {message}"
+        yield Finding("refused", "wrong", sentence, {"samples": count})
+
+
+def unreadable(seen: Seen) -> Iterator[Finding]:
+    """Files that are torn or no pictures."""
+    if share := len(seen.bad) / (len(seen.bad) + seen.samples):
+        sentence = f"{len(seen.bad)} of {len(seen.bad) + seen.samples} samples cannot be read; the first one: {seen.bad[0]}"
+        yield Finding("unreadable", "wrong" if share > 0.01 else "look", sentence, {"share": share})
+
+
+def mixed(seen: Seen) -> Iterator[Finding]:
+    """Samples of several kinds of channels in one collection: a shortcut for a classifier, and statistics that fit neither."""
+    if len(seen.kinds) > 1:
+        kinds = " and ".join(f"{count} have {_channels(kind)}" for kind, count in seen.kinds.most_common())
+        sentence = (
+            f"The samples differ in their channels: {kinds}. If that goes with the class, it gives the class away; make them alike."
+        )
+        yield Finding("channels differ", "look", sentence, {" ".join(kind): count for kind, count in seen.kinds.items()})
+
+
+# -- values ---------------------------------------------------------------------------------------------------------------
+
+
+def not_finite(seen: Seen) -> Iterator[Finding]:
+    """NaN and infinity, which spread over the whole output of a network."""
+    missing, count = sum(seen.stored.missing), sum(seen.stored.count)
+    if missing:
+        share = missing / (missing + count)
+        sentence = f"{_percent(share)} of the values are not finite (NaN or infinite); fill them or mark them before they are used."
+        yield Finding("not finite", "wrong", sentence, {"share": share})
+
+
+def constant(seen: Seen) -> Iterator[Finding]:
+    """A channel without any variation carries nothing, and its place in the network is fed with a constant."""
+    flat = [k for k, (low, high) in enumerate(zip(seen.stored.low, seen.stored.high, strict=True)) if low == high]
+    if flat:
+        names = " and ".join(f"{seen.kind[k]} ({seen.stored.low[k]:g})" for k in flat)
+        sentence = f"Constant in all {seen.samples} samples: {names}. The file or its reading is broken; leave the channel out."
+        yield Finding("constant", "wrong", sentence, {seen.kind[k]: seen.stored.low[k] for k in flat})
+
+
+def already_normalised(seen: Seen) -> Iterator[Finding]:
+    """Stored values around 0 with a deviation around 1, which the contract would normalise again."""
+    if not _normalised(seen):
+        return
+    mean, std = float(np.mean(seen.stored.mean)), float(np.mean(seen.stored.std))
+    sentence = (
+        f"The stored values have a mean of {mean:.2f}, a deviation of {std:.2f}, and go down to {min(seen.stored.low):.2f}: they are "
+        "normalised already, and the contract would do it twice. Give the values as they were stored, or switch it off."
+    )
+    evidence = {"mean": mean, "std": std}
+    if isinstance(seen.spec, Image):
+        changes = {"scale": 1.0, "offset": 0.0, "normalise": Normalise()}
+        yield Finding("normalised twice", "wrong", sentence, evidence, "no scale and no normalisation", changes)
+    else:
+        yield Finding("normalised twice", "wrong", sentence, evidence)
+
+
+def scale(seen: Seen) -> Iterator[Finding]:
+    """Values that are a known factor away from what the normalisation expects."""
+    if (factor := wrong_factor(seen)) is None or better_units(seen):
+        return
+    assert seen.values is not None and seen.expected is not None
+    mean, wanted = float(np.mean(seen.values.mean)), float(np.mean(seen.expected[0]))
+    times = f"{factor:g} times too small" if factor > 1 else f"{1 / factor:g} times too large"
+    sentence = (
+        f"After the contract's scale the values have a mean of {mean:.4g}, and its normalisation expects about {wanted:.4g}: they are "
+        f"{times}, so {FACTORS[factor]}. Change the scale, or store them as the contract expects."
+    )
+    evidence = {"factor": factor, "mean": mean, "expected": wanted, "misfit": _misfit(seen), "misfit_then": _misfit(seen, factor)}
+    if isinstance(seen.spec, Image):
+        changed = {"scale": seen.spec.scale * factor}
+        yield Finding("scale", "wrong", sentence, evidence, f"scale {seen.spec.scale * factor:.4g}", changed)
+    elif seen.described is not None:
+        data = {name: tuple(factor * number for number in getattr(seen.described, name)) for name in ("scale", "offset")}
+        yield Finding("scale", "wrong", sentence, evidence, f"values times {factor:g}", data=data)
+
+
+def units(seen: Seen) -> Iterator[Finding]:
+    """Rasters whose unit is not said, or is not what the values look like."""
+    if not (found := better_units(seen)):
+        return
+    unit, now, then = found
+    said = seen.described.units if seen.described else ""
+    what = f"The data say that they are {_UNITS[said]}" if said else "Nobody says the unit of the data"
+    sentence = f"{what}, and they look like {_UNITS[unit]}: as such they fit what the contract expects. Say units={unit!r}."
+    data = {"units": unit, "scale": (1.0,), "offset": (0.0,)}
+    yield Finding("units", "wrong", sentence, {"misfit": now, "misfit_then": then}, f"units {unit}", data=data)
+
+
+def offset(seen: Seen) -> Iterator[Finding]:
+    """The 1000 that Sentinel-2's numbers carry since processing baseline 04.00: forgotten, or taken away twice."""
+    described, step = seen.described, {"dn": 1000.0, "reflectance": 0.1}.get(getattr(seen.spec, "units", ""))
+    if described is None or step is None or seen.values is None or sensor_name(described.sensor) != "sentinel-2":
+        return
+    if better_units(seen) or wrong_factor(seen) or described.units not in ("dn", "reflectance"):
+        return
+    shift = baseline_offset(described.baseline)
+    low = float(np.min(seen.values.percentile(0.1)))
+    evidence = {"lowest": low, "baseline": described.baseline}
+    if shift != -1000.0 and low >= 0.9 * step:
+        sentence = (
+            f"No band goes below {low:.4g}: the values carry the offset of {step:g} that Sentinel-2 has had since processing baseline "
+            "04.00 and the contract does not know of. Say baseline='04.00', so that it is taken away."
+        )
+        data: dict[str, Any] = {"baseline": "04.00"}
+        if described.units == "reflectance":
+            data = {"offset": tuple(number - 0.1 for number in described.offset)}
+        yield Finding("offset", "wrong", sentence, evidence, f"offset of {step:g} taken away", data=data)
+    elif shift is None and described.units == "dn":
+        sentence = (
+            f"The values go down to {low:.4g}, so they do not carry the offset of {step:g} that Sentinel-2 has had since processing "
+            "baseline 04.00. Say baseline='harmonised'."
+        )
+        yield Finding("offset", "wrong", sentence, evidence, "no offset", data={"baseline": HARMONISED})
+    elif shift == -1000.0:
+        shares = [at / count for low, at, count in zip(seen.values.low, seen.values.at_low, seen.values.count, strict=True) if low == 0]
+        if shares and (share := float(np.median(shares))) > 0.05:
+            sentence = (
+                f"{_percent(share)} of the values fall below 0 when the offset of 1000 is taken away, as baseline {described.baseline} "
+                "asks: a catalogue has taken it away already. Say baseline='harmonised'."
+            )
+            data = {"baseline": HARMONISED}
+            yield Finding("offset", "wrong", sentence, {**evidence, "share": share}, "offset kept", data=data)
+
+
+def nodata(seen: Seen) -> Iterator[Finding]:
+    """Marks for missing values that count as measured."""
+    if seen.described is None:
+        return
+    for name, low, high, at_low, at_high, count in zip(
+        seen.kind,
+        seen.stored.low,
+        seen.stored.high,
+        seen.stored.at_low,
+        seen.stored.at_high,
+        seen.stored.count,
+        strict=True,
+    ):
+        mark, cells = (low, at_low) if low in MARKS or low < -1e30 else (high, at_high) if high == 65535 or high > 1e30 else (0, 0)
+        if cells:
+            sentence = (
+                f"{_percent(cells / count)} of {name} hold {mark:g}, a mark for missing values that nobody declared; it leaks into means "
+                f"and, when the picture is resized, into its neighbours. Say nodata={mark:g}."
+            )
+            evidence = {"channel": name, "value": mark, "share": cells / count}
+            yield Finding("nodata", "wrong", sentence, evidence, f"nodata {mark:g}", data={"nodata": mark})
+            return
+    share = seen.stored.at_low[0] / max(1, seen.stored.count[0])
+    if set(seen.stored.low) == {0.0} and len(set(seen.stored.at_low)) == 1 and share > 0.01:
+        sentence = (
+            f"{_percent(share)} of the cells are 0 in every channel, which usually means that nothing was measured there. If so, say "
+            "nodata=0."
+        )
+        yield Finding("nodata", "look", sentence, {"value": 0, "share": share}, "nodata 0", data={"nodata": 0.0})
+
+
+def inverted(seen: Seen) -> Iterator[Finding]:
+    """Dark objects on white where the contract was made for the reverse, or the other way round."""
+    spec = seen.spec
+    if not isinstance(spec, Image) or seen.values is None or seen.expected is None or _explained(seen):
+        return
+    flipped = np.sum(2 * spec.offset + 255 * spec.scale) - np.asarray(seen.values.mean)
+    now, then = _misfit(seen), misfit(flipped, np.asarray(seen.values.std), seen.expected)
+    bright = float(np.mean((np.asarray(seen.values.mean) - seen.expected[0]) / seen.expected[1]))
+    by_reference = seen.reference is not None and now > OFF_OF_REFERENCE and then < now / 4
+    if not by_reference and not (bright > 0.9 and then < now - 0.25):
+        return
+    sentence = (
+        f"The pictures are {'brighter' if bright > 0 else 'darker'} than the contract expects, by {abs(bright):.1f} deviations, and "
+        "would fit better inverted (255 - value): dark things on white, for a network that saw bright ones on black? If so, invert."
+    )
+    changes = {"scale": -spec.scale, "offset": spec.offset + 255 * spec.scale}
+    severity: Severity = "wrong" if by_reference else "look"
+    yield Finding("inverted", severity, sentence, {"misfit": now, "misfit_then": then}, "inverted, 255 - value", changes)
+
+
+def saturated(seen: Seen) -> Iterator[Finding]:
+    """Many values at the greatest number that the type can hold."""
+    top = {"uint8": 255, "uint16": 65535, "int16": 32767}.get(seen.dtypes.most_common(1)[0][0])
+    for name, high, at_high, count in zip(seen.kind, seen.stored.high, seen.stored.at_high, seen.stored.count, strict=True):
+        limit = 0.25 if isinstance(seen.spec, Image) else 0.01
+        if high == top and at_high > limit * count:
+            share = at_high / count
+            sentence = (
+                f"{_percent(share)} of {name} hold {high:g}, the greatest number of the type: a white background, clipped highlights, "
+                "or a mark for missing values. In the last two cases something is lost; mark or mend it."
+            )
+            yield Finding("saturated", "look", sentence, {"channel": name, "value": high, "share": share})
+            return
+
+
+def fit(seen: Seen) -> Iterator[Finding]:
+    """Values far from what the normalisation expects, for no simple reason."""
+    limit = OFF if seen.reference is None else OFF_OF_REFERENCE
+    if seen.expected is None or seen.values is None or _explained(seen) or (distance := _misfit(seen)) <= limit:
+        return
+    shift = (np.asarray(seen.values.mean) - seen.expected[0]) / seen.expected[1]
+    ratio = np.asarray(seen.values.std) / seen.expected[1]
+    worst = int(np.argmax(np.square(shift) + np.square(np.log(ratio.clip(1e-4)))))
+    whose = f"the reference ({seen.reference.source})" if seen.reference else f"its normalisation ({seen.spec.normalise.origin})"
+    sentence = (
+        f"The values are not like those of {whose}: {seen.spec.channels[worst]} is off by {shift[worst]:+.1f} deviations, and its "
+        f"deviation is {ratio[worst]:.2g} times theirs. No simple cause was found: another kind of data, or a step before that changed it."
+    )
+    own = seen.own_rule
+    changes = {"normalise": own} if own else {}
+    evidence = {"misfit": distance, "shift": shift.tolist(), "ratio": ratio.tolist()}
+    yield Finding("fit", "look", sentence, evidence, "standardised by the data's own statistics" if own else "", changes)
+
+
+# -- order of channels ----------------------------------------------------------------------------------------------------
+
+
+def channel_order(seen: Seen) -> Iterator[Finding]:
+    """Another order of the channels fits what the normalisation expects markedly better."""
+    spec = seen.spec
+    if seen.values is None or seen.expected is None or len(spec.channels) < 2 or _explained(seen):
+        return
+    limit = 0.15 if isinstance(spec, Image) else 1.0
+    order, gain = better_order(np.asarray(seen.values.mean), np.asarray(seen.values.std), *seen.expected, limit)
+    if gain < limit:
+        return
+    moved = [k for k, other in enumerate(order) if k != other]
+    names = [spec.channels[k] for k in order]
+    sentence = (
+        f"{', '.join(spec.channels[k] for k in moved)} look like {', '.join(names[k] for k in moved)}: in the order "
+        f"{', '.join(names)} the means and deviations fit what the contract expects markedly better. Check the order in the files."
+    )
+    evidence = {"gain": gain, "order": names}
+    if isinstance(spec, Image):
+        severity: Severity = "look" if seen.reference is None else "wrong"  # colours differ from collection to collection
+        yield Finding("channel order", severity, sentence, evidence, " ".join(names), {"channels": tuple(names)})
+    elif seen.described is not None:
+        taken = _taken(seen)  # the channel of the data that stands in each place
+        called = list(seen.described.channels)
+        for place, other in enumerate(order):
+            called[taken[other]] = seen.described.channels[taken[place]]
+        data = {"channels": tuple(called)}
+        yield Finding("channel order", "wrong", sentence, evidence, f"channels {' '.join(called)}", data=data)
+
+
+def better_order(
+    mean: np.ndarray, std: np.ndarray, wanted_mean: np.ndarray, wanted_std: np.ndarray, limit: float
+) -> tuple[list[int], float]:
+    """Which channel fits each place best, moving as few as possible.
+
+    The best assignment of channels to places is taken apart into its cycles, and only those that gain at least `limit` are kept:
+    two neighbouring bands that are almost equal do not change places.
+
+    Args:
+        mean, std: of the channels (C,); wanted_mean, wanted_std: of the places (C,).
+        limit: smallest gain of a cycle, in squared deviations.
+    Returns:
+        order (order[place] is the channel that fits it), and the gain.
+    """
+    cost = np.square((mean[:, None] - wanted_mean) / wanted_std)
+    cost += np.square(np.log((std[:, None] / wanted_std).clip(1e-4)))
+    channels, places = linear_sum_assignment(cost)
+    best = dict(zip(places.tolist(), channels.tolist(), strict=True))
+    order, gain, seen = list(range(len(mean))), 0.0, set()
+    for start in range(len(mean)):
+        cycle, place = [], start
+        while place not in seen:
+            seen.add(place)
+            cycle.append(place)
+            place = best[place]
+        better = sum(cost[place, place] - cost[best[place], place] for place in cycle)
+        if better >= limit:
+            gain += float(better)
+            for place in cycle:
+                order[place] = best[place]
+    return order, gain
+
+
+# -- size -----------------------------------------------------------------------------------------------------------------
+
+
+def size(seen: Seen) -> Iterator[Finding]:
+    """The size of the data against the one that the network was trained on, and what is lost on the way."""
+    spec, rule = seen.spec, seen.spec.resize
+    (height, width), (tall, wide) = seen.size, spec.size[-2:]
+    factor, aspect = min(height / tall, width / wide), (height / width) / (tall / wide)
+    stretch, whole = max(aspect, 1 / aspect), {"resize": replace(rule, rule="shortest")}
+    numbers = {"native": f"{height}x{width}", "trained": f"{tall}x{wide}", "factor": factor}
+    data = f"The data are {height}x{width}, the network was trained at {tall}x{wide}"
+    if rule.rule == "none" and (height, width) != (tall, wide):
+        sentence = f"{data}, and the contract leaves the size alone. Scale them to the trained size."
+        yield Finding("size", "look", sentence, numbers, f"resized to {tall}x{wide}", whole)
+    elif rule.rule == "crop" and (cells := min(height, tall) * min(width, wide)) < 0.6 * max(height * width, tall * wide):
+        kept, filled = cells / (height * width), cells / (tall * wide)
+        what = f"only {_percent(kept)} of them are seen" if kept < filled else f"{_percent(1 - filled)} of the input are padding"
+        sentence = f"{data}; the contract crops and pads, so {what}. Scale them to the trained size."
+        yield Finding("size", "look", sentence, numbers, f"resized to {tall}x{wide}", whole)
+    elif rule.rule == "exact" and stretch > 1.5:
+        sentence = f"{data}: they are stretched by {stretch:.2g} along one side. Scale the shortest side and take the centre."
+        yield Finding("size", "look", sentence, numbers, "shortest side scaled, centre taken", whole)
+    elif rule.rule == "shortest" and stretch > 1.67:
+        sentence = (
+            f"{data}: {_percent(1 - 1 / stretch)} of each picture are cut off. Pad instead, or cut the pictures into squares."
+        )
+        yield Finding("size", "look", sentence, numbers, "padded", {"resize": replace(rule, rule="pad")})
+    elif rule.rule != "crop" and factor > 2 and not rule.antialias and rule.interpolation != "area":
+        sentence = f"{data}: they shrink {factor:.2g} times without a low-pass filter, which leaves aliasing. Switch it on."
+        yield Finding("size", "look", sentence, numbers, "antialias", {"resize": replace(rule, antialias=True)})
+    elif rule.rule != "crop" and factor > 8:
+        sentence = f"{data}: details of less than {factor:.0f} pixels vanish. Cut the pictures into tiles if the task needs them."
+        yield Finding("size", "look", sentence, numbers)
+    elif rule.rule != "crop" and factor < 0.5:
+        sentence = f"{data}: they are enlarged {1 / factor:.2g} times, as they should be; they hold no more detail for it."
+        yield Finding("size", "ok", sentence, numbers)
+
+
+CHECKS: tuple[Check, ...] = (
+    refused,
+    unreadable,
+    mixed,
+    not_finite,
+    constant,
+    already_normalised,
+    units,
+    scale,
+    offset,
+    nodata,
+    inverted,
+    channel_order,
+    saturated,
+    fit,
+    size,
+)
+
+
+# -- numbers that several checks need ---------------------------------------------------------------------------------------
+
+
+def misfit(mean: np.ndarray, std: np.ndarray, expected: tuple[np.ndarray, np.ndarray]) -> float:
+    """How far channels are from what is expected: squared shift in deviations plus squared logarithm of the ratio of deviations.
+
+    Averaged over the channels; 0 is a perfect fit, 1 is a shift by one deviation or a deviation 2.7 times too large or small.
+    """
+    shift = (mean - expected[0]) / expected[1]
+    ratio = np.log((std / expected[1]).clip(1e-4, 1e4))
+    return float(np.mean(np.square(shift) + np.square(ratio)))
+
+
+def wrong_factor(seen: Seen) -> float | None:
+    """The factor of `FACTORS` by which the values are off, or None."""
+    if seen.expected is None or seen.values is None or _normalised(seen):
+        return None
+    now, high = _misfit(seen), np.max(seen.values.high)
+    limit = FAR if seen.reference is None else FAR_OF_REFERENCE
+    # values of pictures end at 255 / 255; bright lamps in dark pictures must not be multiplied beyond that
+    top = (
+        1.05 * float(np.max(np.add(np.multiply(255, seen.spec.scale), seen.spec.offset)))
+        if isinstance(seen.spec, Image)
+        else np.inf
+    )
+    top = top if top >= 0.5 else np.inf  # a contract that takes 0..1
+    fits = {factor: _misfit(seen, factor) for factor in FACTORS if high * factor <= max(top, 1.05)}
+    if now <= limit or not fits:
+        return None
+    best = min(fits, key=fits.__getitem__)
+    return best if fits[best] < min(2.0, now / 4) else None
+
+
+@functools.lru_cache(maxsize=2)
+def better_units(seen: Seen) -> tuple[str, float, float] | None:
+    """The unit that the data look like, if that is not the one they say; with the misfit now and then."""
+    if not isinstance(seen.spec, Raster) or seen.described is None or seen.expected is None:
+        return None
+    now = np.inf if seen.values is None else _misfit(seen)
+    if now <= FAR and seen.described.units:
+        return None
+    fits = {}
+    for unit in UNITS:
+        if unit != seen.described.units:
+            other = seen.under(units=unit, scale=(1.0,), offset=(0.0,))
+            if other.values is not None:
+                fits[unit] = _misfit(other)
+    best = min(fits, key=fits.__getitem__, default="")
+    return (best, float(now), fits[best]) if best and fits[best] < min(2.0, now / 4) else None
+
+
+def _taken(seen: Seen) -> tuple[int, ...]:
+    """Number of the data's channel that stands in each place of the network."""
+    assert isinstance(seen.spec, Raster) and seen.described is not None
+    made = plan(seen.spec, seen.described, allow=dict.fromkeys(SWITCHES, ""))
+    return dict(next(step for step in made.steps if step.op == "select").arguments)["indices"]
+
+
+def _misfit(seen: Seen, factor: float = 1.0) -> float:
+    assert seen.values is not None and seen.expected is not None
+    return misfit(factor * np.asarray(seen.values.mean), factor * np.asarray(seen.values.std), seen.expected)
+
+
+def _normalised(seen: Seen) -> bool:
+    low = seen.stored.percentile(5.0)
+    mean, std = np.asarray(seen.stored.mean), np.asarray(seen.stored.std)
+    return bool(np.mean(low < -0.3) > 0.5 and np.all(np.abs(mean) < 2) and np.all(std < 3) and np.mean(std) > 0.2)
+
+
+def _explained(seen: Seen) -> bool:
+    """A cause has been found that makes the other numbers meaningless."""
+    return _normalised(seen) or wrong_factor(seen) is not None or better_units(seen) is not None
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+
+
+def _of(count: int, all: int) -> str:
+    return f"all {all} samples" if count == all else f"{count} of {all} samples"
+
+
+def _channels(kind: tuple[str, ...]) -> str:
+    return kind[0] if len(kind) == 1 else ", ".join(kind)
