@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -20,14 +20,16 @@ _RGB = ("red", "green", "blue")
 
 
 @singledispatch
-def apply(spec, value: Any, name: str) -> Any:
-    """Raw input -> batch of tensors; one implementation per kind of spec."""
+def apply(spec, value: Any, name: str, allow: Mapping[str, str] | None = None) -> Any:
+    """Raw input -> batch of tensors; one implementation per kind of spec. `allow` names what is not refused, see `raster.plan`."""
     raise PreprocessError(f"modality {name!r}: no reader for {type(spec).__name__} inputs is installed")
 
 
 @apply.register
-def _(spec: Image, value: Any, name: str) -> Tensor:
+def _(spec: Image, value: Any, name: str, allow: Mapping[str, str] | None = None) -> Tensor:
     samples = list(value) if _is_batch(value) else [value]
+    # pixels that know the names of their channels (`Bands`) hand out pictures
+    samples = [picture for each in samples for picture in (each.pictures(spec.channels) if hasattr(each, "pictures") else [each])]
     if not samples:
         raise PreprocessError(f"modality {name!r}: the list of samples is empty")
     done = images_to_tensors(spec, [to_chw(sample, spec, name) for sample in samples])
@@ -108,6 +110,10 @@ def resize_to(pixels: Tensor, size: Sequence[int], rule: Resize) -> Tensor:
     if rule.rule == "shortest":
         factor = max(target[0] / height, target[1] / width)
         target = [max(target[0], int(height * factor + 1e-6)), max(target[1], int(width * factor + 1e-6))]
+    elif rule.rule == "short_side":
+        aspect = width / height
+        target = [size[0], int(size[0] * aspect)] if aspect >= 1 else [int(size[0] / aspect), size[0]]
+        return pixels if [height, width] == target else _interpolate(pixels, target, rule)
     elif rule.rule == "pad":
         factor = min(size[0] / height, size[1] / width)
         target = [max(1, round(height * factor)), max(1, round(width * factor))]
@@ -132,8 +138,8 @@ def _interpolate(pixels: Tensor, size: list[int], rule: Resize) -> Tensor:
     return TF.resize(pixels, size, _MODES[rule.interpolation], antialias=rule.antialias)
 
 
-def normalise(values: Tensor, rule: Normalise) -> Tensor:
-    """Standardise (C, ...) values; see `Normalise` for the rules."""
+def normalise(values: Tensor, rule: Normalise, measured: Tensor | None = None) -> Tensor:
+    """Standardise (C, ...) values; see `Normalise` for the rules. Statistics of a sample leave out cells that were not measured."""
     shape = (-1,) + (1,) * (values.ndim - 1)
 
     def column(numbers: Sequence[float]) -> Tensor:
@@ -143,16 +149,22 @@ def normalise(values: Tensor, rule: Normalise) -> Tensor:
         values = (values - column(rule.low)) / (column(rule.high) - column(rule.low))
     elif rule.rule == "percentile":
         shares = torch.tensor(rule.percentiles or (2.0, 98.0), dtype=values.dtype, device=values.device) / 100
-        low, high = (bound.view(shape) for bound in torch.quantile(values.flatten(1), shares, dim=1))
+        cells = values if measured is None else values.masked_fill(~measured, torch.nan)
+        bounds = (torch.quantile if measured is None else torch.nanquantile)(cells.flatten(1), shares, dim=1).nan_to_num()
+        low, high = (bound.view(shape) for bound in bounds)
         values = (values - low) / (high - low).clamp_min(1e-12)
-    elif rule.rule in ("zscore", "zscore_nonzero"):
+    elif rule.rule in ("zscore", "zscore_nonzero", "deviations"):
         present = values != 0 if rule.rule == "zscore_nonzero" else torch.ones_like(values, dtype=torch.bool)
+        if measured is not None:
+            present = present & measured
         count = present.flatten(1).sum(1).clamp_min(1)
         # Summed in float64, so that the mean of a constant channel is that constant.
-        mean = (values.flatten(1).sum(1, dtype=torch.float64) / count).to(values.dtype).view(shape)
+        mean = (values.where(present, 0).flatten(1).sum(1, dtype=torch.float64) / count).to(values.dtype).view(shape)
         deviation = torch.where(present, values - mean, 0)
         std = (deviation.square().flatten(1).sum(1) / count).sqrt().view(shape)
         values = deviation / std.clamp_min(1e-12)
+        if rule.rule == "deviations":
+            values = (values / (2 * rule.deviations) + 0.5).clamp(0, 1)
     if rule.rule in ("stretch", "percentile"):
         values = values.clamp(0, 1)
         if rule.quantise:

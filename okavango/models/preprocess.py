@@ -31,17 +31,19 @@ class Resize:
 
     Attributes:
         rule: "exact" ignores the aspect, "shortest" scales the shortest side and crops the centre, "pad" scales the longest side
-            and pads, "crop" crops or pads at the native scale, "none" leaves the size alone.
+            and pads, "crop" crops or pads at the native scale, "short_side" scales the shortest side to `size[0]`, lets the other
+            follow (rounded down) and crops nothing, "none" leaves the size alone.
         interpolation: "nearest", "bilinear", "bicubic", "area" or "lanczos".
         antialias: low-pass filter when shrinking.
         corners: "half_pixel" (torchvision, PIL) or "aligned" (`align_corners=True`).
         crop_ratio: the input is scaled to `size / crop_ratio` before the centre crop (timm's crop_pct).
         multiple_of: when rule is "none", sides must divide by this; 1 allows any.
         fill: value of padded cells, in the units of what is resized, see `on`.
-        on: "native" resizes before the value scale is applied (8-bit images), "normalised" resizes the normalised float tensor.
+        on: "native" resizes before the value scale is applied (8-bit images; of rasters, the float values in their units before
+            normalisation), "normalised" resizes the normalised float tensor.
     """
 
-    rule: Literal["exact", "shortest", "pad", "crop", "none"] = "shortest"
+    rule: Literal["exact", "shortest", "pad", "crop", "short_side", "none"] = "shortest"
     interpolation: Literal["nearest", "bilinear", "bicubic", "area", "lanczos"] = "bicubic"
     antialias: bool = True
     corners: Literal["half_pixel", "aligned"] = "half_pixel"
@@ -65,8 +67,8 @@ class Normalise:
     Attributes:
         rule: "standard" (x - mean) / std; "minmax" (x - low) / (high - low); "stretch" the same, clipped to 0..1, then mean and std
             where given; "percentile" the same with percentiles of the sample; "zscore" mean and std of the sample itself;
-            "zscore_nonzero" the same over non-zero cells only, zero stays zero; "none". Standard deviations of a sample divide by
-            the number of cells.
+            "zscore_nonzero" the same over non-zero cells only, zero stays zero; "deviations" the sample's mean -+ `deviations`
+            standard deviations become 0 and 1, clipped; "none". Standard deviations of a sample divide by the number of cells.
         mean, std, low, high: one number per channel, in the units after `scale` and `offset`; mean and std of "stretch" and
             "percentile" are applied to their result, 0..1.
         percentiles: lower and upper percentile for "percentile".
@@ -74,9 +76,10 @@ class Normalise:
         quantise: round down to this many levels after "stretch" or "percentile" (256 for 8-bit pipelines), 0 for none.
         batch_dependent: statistics are taken over the whole batch.
         origin: where the statistics come from, e.g. "imagenet-1k train".
+        deviations: see the rule of that name.
     """
 
-    rule: Literal["standard", "minmax", "stretch", "percentile", "zscore", "zscore_nonzero", "none"] = "none"
+    rule: Literal["standard", "minmax", "stretch", "percentile", "zscore", "zscore_nonzero", "deviations", "none"] = "none"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     low: tuple[float, ...] = ()
@@ -86,6 +89,7 @@ class Normalise:
     quantise: int = 0
     batch_dependent: bool = False
     origin: str = ""
+    deviations: float = 2.0
 
     def __post_init__(self):
         _check_choices(self)
@@ -95,7 +99,7 @@ class Normalise:
                 raise PreprocessError(f"normalise: rule {self.rule!r} needs {name}, one number per channel")
         if len(self.mean) != len(self.std) or len(self.low) != len(self.high):
             raise PreprocessError("normalise: mean and std, low and high come in pairs of the same length")
-        if self.rule in ("minmax", "zscore", "zscore_nonzero", "none") and self.mean:
+        if self.rule in ("minmax", "zscore", "zscore_nonzero", "deviations", "none") and self.mean:
             raise PreprocessError(f"normalise: rule {self.rule!r} takes no mean and std; leave them out")
 
 
@@ -127,18 +131,25 @@ class Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Raster:
-    """Images of named spectral or radar bands.
+    """Images of named spectral or radar bands. How data are brought to it by name: `okavango.models.raster`.
 
     Attributes:
         channels: band names in the order that the network expects.
         wavelengths: centre of each band in nanometres, None where it has none (radar); empty when unknown.
         sensor: e.g. "sentinel-2"; level: processing level, e.g. "L2A"; units: of the network's values before normalisation, one of
             "dn", "reflectance", "db", "linear", "u8".
-        scale, offset: one number per band, or one for all: value in `units` = stored value * scale + offset.
+        scale, offset: one number per band, or one for all: value in `units` = stored value * scale + offset. Stored values are the
+            sensor's numbers, for Sentinel-2 without the offset of baseline 04.00; 8-bit units with a scale are cut to 0..255 and
+            rounded down.
         valid: lowest and highest value in `units` that is possible, or None; used to notice input that is already normalised.
         nodata: stored value that means "no measurement", or None; nodata_fill: what it becomes after normalisation.
         absent: value of a band that the data lacks, after normalisation, or None to refuse.
         resolution: ground sampling distance in metres, or None.
+        absent_on: "normalised", or "native" where `absent` stands for a value before normalisation (only to repeat pipelines that
+            padded their data first).
+        nearest_nm: a band that the data lack under its name is taken from the nearest wavelength, at most so many nanometres away;
+            0 for never.
+        adapted: how the first layer of a network made for other channels was brought to these, see `okavango.models.channels`.
     """
 
     channels: tuple[str, ...]
@@ -156,8 +167,12 @@ class Raster:
     size: tuple[int, int] = (224, 224)
     resize: Resize = field(default_factory=Resize)
     normalise: Normalise = field(default_factory=Normalise)
+    absent_on: Literal["normalised", "native"] = "normalised"
+    nearest_nm: float = 0.0
+    adapted: str = ""
 
     def __post_init__(self):
+        _check_choices(self)
         _check_channels(self)
 
 
@@ -246,25 +261,28 @@ class Preprocess(Mapping[str, InputSpec]):
     def __len__(self) -> int:
         return len(self.specs)
 
-    def __call__(self, **inputs: Any) -> dict[str, Any]:
+    def __call__(self, *, allow: Mapping[str, str] | None = None, **inputs: Any) -> dict[str, Any]:
         """Turn raw inputs into batches of tensors that the backbone takes as ``model(**result)``.
 
         Args:
+            allow: switch -> reason, for what the reconciliation of rasters would refuse, see `okavango.models.raster.plan`.
             **inputs: per modality one sample, a list of samples or a batch: uint8 or float, (H, W) or (H, W, C) for numpy and PIL,
                 (H, W) or (C, H, W) for tensors, with a leading B for a batch. 8-bit values are 0..255, floats are in the units
-                that `scale` and `offset` start from.
+                that `scale` and `offset` start from. A raster is a `Bands`, a list of them, or a plain array together with
+                ``allow={"undescribed": reason}``.
         Returns:
             modality -> float32 tensor (B, C, H, W).
         Raises:
             PreprocessError: unknown modality, wrong number of channels, already normalised input.
         """
-        from okavango.models._apply import apply  # torch is imported only when data arrives
+        from okavango.models import raster  # noqa: F401  (registers itself; torch is imported only when data arrives)
+        from okavango.models._apply import apply
 
         out = {}
         for name, value in inputs.items():
             if name not in self:
                 raise PreprocessError(f"unknown modality {name!r}: this checkpoint takes {', '.join(self) or 'none'}")
-            out[name] = apply(self[name], value, name)
+            out[name] = apply(self[name], value, name, **({"allow": allow} if allow else {}))
         return out
 
     def array(self, modality: str = "image") -> ArraySpec:
@@ -347,7 +365,7 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _check_choices(spec: Resize | Normalise) -> None:
+def _check_choices(spec: Resize | Normalise | Raster) -> None:
     """Each field of a few allowed values holds one of them."""
     kind: type = type(spec)
     for name, hint in _hints(kind).items():
