@@ -5,7 +5,6 @@ A check looks at numbers only. Where there are labels, `okavango.doctor.trials` 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -13,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from okavango.doctor.seen import Seen
-from okavango.models.preprocess import Image, Normalise, Raster
-from okavango.models.raster import SWITCHES, UNITS, plan
+from okavango.doctor.seen import Seen, typical
+from okavango.models.preprocess import Image, Normalise, PreprocessError, Raster
+from okavango.models.raster import SWITCHES, UNITS, as_expected, plan
 from okavango.models.sensors import HARMONISED, baseline_offset, sensor_name
 
 Severity = Literal["ok", "look", "wrong"]
@@ -78,8 +77,12 @@ Check = Callable[[Seen], Iterator[Finding]]
 def examine(seen: Seen) -> list[Finding]:
     """All findings, the gravest first. A refusal that another finding explains is told there."""
     found = [finding for check in CHECKS for finding in check(seen)]
-    explained = any(finding.severity == "wrong" and finding.change for finding in found)
-    if explained and seen.refused:
+    for check in CAUSES:
+        causes = list(check(seen))
+        found += causes
+        if causes:
+            break
+    if seen.refused and any(finding.severity == "wrong" and finding.change for finding in found):
         refusal = seen.refused.most_common(1)[0][0]
         found = [replace(each, evidence={**each.evidence, "refused": refusal}) for each in found if each.check != "refused"]
     return sorted(found, key=lambda finding: ("wrong", "look", "ok").index(finding.severity))
@@ -135,12 +138,13 @@ def constant(seen: Seen) -> Iterator[Finding]:
 
 def already_normalised(seen: Seen) -> Iterator[Finding]:
     """Stored values around 0 with a deviation around 1, which the contract would normalise again."""
-    if not _normalised(seen):
+    low, means, stds = seen.stored.percentile(5.0), np.asarray(seen.stored.mean), np.asarray(seen.stored.std)
+    if np.mean(low < -0.3) <= 0.5 or np.any(np.abs(means) >= 2) or np.any(stds >= 3) or np.mean(stds) <= 0.2:
         return
-    mean, std = float(np.mean(seen.stored.mean)), float(np.mean(seen.stored.std))
+    mean, std = float(means.mean()), float(stds.mean())
     sentence = (
-        f"The stored values have a mean of {mean:.2f}, a deviation of {std:.2f}, and go down to {min(seen.stored.low):.2f}: they are "
-        "normalised already, and the contract would do it twice. Give the values as they were stored, or switch it off."
+        f"The stored values have a mean of {mean:.2f}, a deviation of {std:.2f}, and go down to {min(seen.stored.low):.2f}: they "
+        "are normalised already, and the contract would do it twice. Give the values as they were stored, or switch it off."
     )
     evidence = {"mean": mean, "std": std}
     if isinstance(seen.spec, Image):
@@ -152,19 +156,25 @@ def already_normalised(seen: Seen) -> Iterator[Finding]:
 
 def scale(seen: Seen) -> Iterator[Finding]:
     """Values that are a known factor away from what the normalisation expects."""
-    if (factor := wrong_factor(seen)) is None or better_units(seen):
+    if seen.expected is None or seen.values is None:
         return
-    assert seen.values is not None and seen.expected is not None
+    now, high = _misfit(seen), np.max(seen.values.high)
+    # pictures end at 1, or at 255: the lamps of dark pictures must not be multiplied beyond that
+    top = np.inf if not isinstance(seen.spec, Image) else 1.05 if np.max(seen.expected[0]) < 1.5 else 268.0
+    fits = {factor: _misfit(seen, factor) for factor in FACTORS if high * factor <= top}
+    factor = min(fits, key=fits.__getitem__, default=1.0)
+    if now <= (FAR if seen.reference is None else FAR_OF_REFERENCE) or not fits or fits[factor] >= min(2.0, now / 4):
+        return
     mean, wanted = float(np.mean(seen.values.mean)), float(np.mean(seen.expected[0]))
     times = f"{factor:g} times too small" if factor > 1 else f"{1 / factor:g} times too large"
     sentence = (
-        f"After the contract's scale the values have a mean of {mean:.4g}, and its normalisation expects about {wanted:.4g}: they are "
-        f"{times}, so {FACTORS[factor]}. Change the scale, or store them as the contract expects."
+        f"Before its normalisation the contract expects a mean of about {wanted:.4g}, and these have one of {mean:.4g}: the values "
+        f"are {times}, so {FACTORS[factor]}. Change the scale, or store them as the contract expects."
     )
-    evidence = {"factor": factor, "mean": mean, "expected": wanted, "misfit": _misfit(seen), "misfit_then": _misfit(seen, factor)}
+    evidence = {"factor": factor, "mean": mean, "expected": wanted, "misfit": now, "misfit_then": fits[factor]}
     if isinstance(seen.spec, Image):
-        changed = {"scale": seen.spec.scale * factor}
-        yield Finding("scale", "wrong", sentence, evidence, f"scale {seen.spec.scale * factor:.4g}", changed)
+        number = seen.spec.scale * factor
+        yield Finding("scale", "wrong", sentence, evidence, f"scale {number:.4g}", {"scale": number})
     elif seen.described is not None:
         data = {name: tuple(factor * number for number in getattr(seen.described, name)) for name in ("scale", "offset")}
         yield Finding("scale", "wrong", sentence, evidence, f"values times {factor:g}", data=data)
@@ -172,14 +182,21 @@ def scale(seen: Seen) -> Iterator[Finding]:
 
 def units(seen: Seen) -> Iterator[Finding]:
     """Rasters whose unit is not said, or is not what the values look like."""
-    if not (found := better_units(seen)):
+    if not isinstance(seen.spec, Raster) or seen.described is None or seen.expected is None:
         return
-    unit, now, then = found
-    said = seen.described.units if seen.described else ""
+    said, now = seen.described.units, float("inf") if seen.values is None else _misfit(seen)
+    if now <= FAR and said:
+        return
+    others = {unit: seen.under(units=unit, scale=(1.0,), offset=(0.0,)) for unit in UNITS if unit != said}
+    fits = {unit: _misfit(other) for unit, other in others.items() if other.values is not None}
+    unit = min(fits, key=fits.__getitem__, default="")
+    if not unit or fits[unit] >= min(2.0, now / 4):
+        return
     what = f"The data say that they are {_UNITS[said]}" if said else "Nobody says the unit of the data"
     sentence = f"{what}, and they look like {_UNITS[unit]}: as such they fit what the contract expects. Say units={unit!r}."
+    evidence = {"units": unit, "misfit_then": fits[unit], **({} if np.isinf(now) else {"misfit": now})}
     data = {"units": unit, "scale": (1.0,), "offset": (0.0,)}
-    yield Finding("units", "wrong", sentence, {"misfit": now, "misfit_then": then}, f"units {unit}", data=data)
+    yield Finding("units", "wrong", sentence, evidence, f"units {unit}", data=data)
 
 
 def offset(seen: Seen) -> Iterator[Finding]:
@@ -187,15 +204,15 @@ def offset(seen: Seen) -> Iterator[Finding]:
     described, step = seen.described, {"dn": 1000.0, "reflectance": 0.1}.get(getattr(seen.spec, "units", ""))
     if described is None or step is None or seen.values is None or sensor_name(described.sensor) != "sentinel-2":
         return
-    if better_units(seen) or wrong_factor(seen) or described.units not in ("dn", "reflectance"):
+    if described.units not in ("dn", "reflectance"):
         return
     shift = baseline_offset(described.baseline)
     low = float(np.min(seen.values.percentile(0.1)))
     evidence = {"lowest": low, "baseline": described.baseline}
     if shift != -1000.0 and low >= 0.9 * step:
         sentence = (
-            f"No band goes below {low:.4g}: the values carry the offset of {step:g} that Sentinel-2 has had since processing baseline "
-            "04.00 and the contract does not know of. Say baseline='04.00', so that it is taken away."
+            f"No band goes below {low:.4g}: the values carry the offset of {step:g} that Sentinel-2 has had since processing "
+            "baseline 04.00 and the contract does not know of. Say baseline='04.00', so that it is taken away."
         )
         data: dict[str, Any] = {"baseline": "04.00"}
         if described.units == "reflectance":
@@ -203,16 +220,18 @@ def offset(seen: Seen) -> Iterator[Finding]:
         yield Finding("offset", "wrong", sentence, evidence, f"offset of {step:g} taken away", data=data)
     elif shift is None and described.units == "dn":
         sentence = (
-            f"The values go down to {low:.4g}, so they do not carry the offset of {step:g} that Sentinel-2 has had since processing "
-            "baseline 04.00. Say baseline='harmonised'."
+            f"The values go down to {low:.4g}, so they do not carry the offset of {step:g} that Sentinel-2 has had since "
+            "processing baseline 04.00. Say baseline='harmonised'."
         )
         yield Finding("offset", "wrong", sentence, evidence, "no offset", data={"baseline": HARMONISED})
     elif shift == -1000.0:
-        shares = [at / count for low, at, count in zip(seen.values.low, seen.values.at_low, seen.values.count, strict=True) if low == 0]
+        shares = [
+            at / count for low, at, count in zip(seen.values.low, seen.values.at_low, seen.values.count, strict=True) if low == 0
+        ]
         if shares and (share := float(np.median(shares))) > 0.05:
             sentence = (
-                f"{_percent(share)} of the values fall below 0 when the offset of 1000 is taken away, as baseline {described.baseline} "
-                "asks: a catalogue has taken it away already. Say baseline='harmonised'."
+                f"{_percent(share)} of the values fall below 0 when the offset of 1000 is taken away, as baseline "
+                f"{described.baseline} asks: a catalogue has taken it away already. Say baseline='harmonised'."
             )
             data = {"baseline": HARMONISED}
             yield Finding("offset", "wrong", sentence, {**evidence, "share": share}, "offset kept", data=data)
@@ -234,25 +253,30 @@ def nodata(seen: Seen) -> Iterator[Finding]:
         mark, cells = (low, at_low) if low in MARKS or low < -1e30 else (high, at_high) if high == 65535 or high > 1e30 else (0, 0)
         if cells:
             sentence = (
-                f"{_percent(cells / count)} of {name} hold {mark:g}, a mark for missing values that nobody declared; it leaks into means "
-                f"and, when the picture is resized, into its neighbours. Say nodata={mark:g}."
+                f"{_percent(cells / count)} of {name} hold {mark:g}, a mark for missing values that nobody declared; it leaks "
+                f"into means and, when the picture is resized, into its neighbours. Say nodata={mark:g}."
             )
             evidence = {"channel": name, "value": mark, "share": cells / count}
             yield Finding("nodata", "wrong", sentence, evidence, f"nodata {mark:g}", data={"nodata": mark})
             return
+
+
+def empty(seen: Seen) -> Iterator[Finding]:
+    """Cells of a raster that are 0 in every channel."""
     share = seen.stored.at_low[0] / max(1, seen.stored.count[0])
-    if set(seen.stored.low) == {0.0} and len(set(seen.stored.at_low)) == 1 and share > 0.01:
-        sentence = (
-            f"{_percent(share)} of the cells are 0 in every channel, which usually means that nothing was measured there. If so, say "
-            "nodata=0."
-        )
-        yield Finding("nodata", "look", sentence, {"value": 0, "share": share}, "nodata 0", data={"nodata": 0.0})
+    if seen.described is None or set(seen.stored.low) != {0.0} or len(set(seen.stored.at_low)) > 1 or share <= 0.01:
+        return
+    sentence = (
+        f"{_percent(share)} of the cells are 0 in every channel, which usually means that nothing was measured there. If so, say "
+        "nodata=0."
+    )
+    yield Finding("empty", "look", sentence, {"value": 0, "share": share}, "nodata 0", data={"nodata": 0.0})
 
 
 def inverted(seen: Seen) -> Iterator[Finding]:
     """Dark objects on white where the contract was made for the reverse, or the other way round."""
     spec = seen.spec
-    if not isinstance(spec, Image) or seen.values is None or seen.expected is None or _explained(seen):
+    if not isinstance(spec, Image) or seen.values is None or seen.expected is None:
         return
     flipped = np.sum(2 * spec.offset + 255 * spec.scale) - np.asarray(seen.values.mean)
     now, then = _misfit(seen), misfit(flipped, np.asarray(seen.values.std), seen.expected)
@@ -261,8 +285,9 @@ def inverted(seen: Seen) -> Iterator[Finding]:
     if not by_reference and not (bright > 0.9 and then < now - 0.25):
         return
     sentence = (
-        f"The pictures are {'brighter' if bright > 0 else 'darker'} than the contract expects, by {abs(bright):.1f} deviations, and "
-        "would fit better inverted (255 - value): dark things on white, for a network that saw bright ones on black? If so, invert."
+        f"The pictures are {'brighter' if bright > 0 else 'darker'} than the contract expects, by {abs(bright):.1f} deviations, "
+        "and would fit better inverted (255 - value): dark things on white, where the network saw bright ones on black? If so, "
+        "invert them."
     )
     changes = {"scale": -spec.scale, "offset": spec.offset + 255 * spec.scale}
     severity: Severity = "wrong" if by_reference else "look"
@@ -271,14 +296,14 @@ def inverted(seen: Seen) -> Iterator[Finding]:
 
 def saturated(seen: Seen) -> Iterator[Finding]:
     """Many values at the greatest number that the type can hold."""
-    top = {"uint8": 255, "uint16": 65535, "int16": 32767}.get(seen.dtypes.most_common(1)[0][0])
+    top = 255 if seen.dtypes.most_common(1)[0][0] == "uint8" else None  # of wider types, see `nodata`
     for name, high, at_high, count in zip(seen.kind, seen.stored.high, seen.stored.at_high, seen.stored.count, strict=True):
         limit = 0.25 if isinstance(seen.spec, Image) else 0.01
         if high == top and at_high > limit * count:
             share = at_high / count
             sentence = (
-                f"{_percent(share)} of {name} hold {high:g}, the greatest number of the type: a white background, clipped highlights, "
-                "or a mark for missing values. In the last two cases something is lost; mark or mend it."
+                f"{_percent(share)} of {name} hold {high:g}, the greatest number of the type: a white background, clipped "
+                "highlights, or a mark for missing values. In the last two cases something is lost; mark or mend it."
             )
             yield Finding("saturated", "look", sentence, {"channel": name, "value": high, "share": share})
             return
@@ -287,7 +312,7 @@ def saturated(seen: Seen) -> Iterator[Finding]:
 def fit(seen: Seen) -> Iterator[Finding]:
     """Values far from what the normalisation expects, for no simple reason."""
     limit = OFF if seen.reference is None else OFF_OF_REFERENCE
-    if seen.expected is None or seen.values is None or _explained(seen) or (distance := _misfit(seen)) <= limit:
+    if seen.expected is None or seen.values is None or (distance := _misfit(seen)) <= limit:
         return
     shift = (np.asarray(seen.values.mean) - seen.expected[0]) / seen.expected[1]
     ratio = np.asarray(seen.values.std) / seen.expected[1]
@@ -295,7 +320,8 @@ def fit(seen: Seen) -> Iterator[Finding]:
     whose = f"the reference ({seen.reference.source})" if seen.reference else f"its normalisation ({seen.spec.normalise.origin})"
     sentence = (
         f"The values are not like those of {whose}: {seen.spec.channels[worst]} is off by {shift[worst]:+.1f} deviations, and its "
-        f"deviation is {ratio[worst]:.2g} times theirs. No simple cause was found: another kind of data, or a step before that changed it."
+        f"deviation is {ratio[worst]:.2g} times theirs. No simple cause was found: another kind of data, or an earlier step that "
+        "changed them."
     )
     own = seen.own_rule
     changes = {"normalise": own} if own else {}
@@ -309,7 +335,7 @@ def fit(seen: Seen) -> Iterator[Finding]:
 def channel_order(seen: Seen) -> Iterator[Finding]:
     """Another order of the channels fits what the normalisation expects markedly better."""
     spec = seen.spec
-    if seen.values is None or seen.expected is None or len(spec.channels) < 2 or _explained(seen):
+    if seen.values is None or seen.expected is None or len(spec.channels) < 2:
         return
     limit = 0.15 if isinstance(spec, Image) else 1.0
     order, gain = better_order(np.asarray(seen.values.mean), np.asarray(seen.values.std), *seen.expected, limit)
@@ -318,7 +344,7 @@ def channel_order(seen: Seen) -> Iterator[Finding]:
     moved = [k for k, other in enumerate(order) if k != other]
     names = [spec.channels[k] for k in order]
     sentence = (
-        f"{', '.join(spec.channels[k] for k in moved)} look like {', '.join(names[k] for k in moved)}: in the order "
+        f"{', '.join(names[k] for k in moved)} look like {', '.join(spec.channels[k] for k in moved)}: in the order "
         f"{', '.join(names)} the means and deviations fit what the contract expects markedly better. Check the order in the files."
     )
     evidence = {"gain": gain, "order": names}
@@ -326,10 +352,12 @@ def channel_order(seen: Seen) -> Iterator[Finding]:
         severity: Severity = "look" if seen.reference is None else "wrong"  # colours differ from collection to collection
         yield Finding("channel order", severity, sentence, evidence, " ".join(names), {"channels": tuple(names)})
     elif seen.described is not None:
-        taken = _taken(seen)  # the channel of the data that stands in each place
+        taken = places(seen)
         called = list(seen.described.channels)
         for place, other in enumerate(order):
-            called[taken[other]] = seen.described.channels[taken[place]]
+            here, there = taken[place], taken[other]
+            if here is not None and there is not None:
+                called[there] = seen.described.channels[here]
         data = {"channels": tuple(called)}
         yield Finding("channel order", "wrong", sentence, evidence, f"channels {' '.join(called)}", data=data)
 
@@ -367,7 +395,40 @@ def better_order(
     return order, gain
 
 
+def level(seen: Seen) -> Iterator[Finding]:
+    """Sentinel-2 of the other processing level: without, or with, what the air adds to the short wavelengths."""
+    spec, described = seen.spec, seen.described
+    if not isinstance(spec, Raster) or described is None or seen.values is None or sensor_name(described.sensor) != "sentinel-2":
+        return
+    tables = {name: typical(replace(spec, level=name)) for name in ("L1C", "L2A")}
+    fits = {name: misfit(*_moments(seen), table) for name, table in tables.items() if table is not None}
+    said = described.level or spec.level
+    other = "L2A" if said == "L1C" else "L1C"
+    if len(fits) < 2 or said not in fits or fits[other] >= min(0.6 * fits[said], fits[said] - 0.3):
+        return
+    sentence = (
+        f"The data count as {said}, and are more like Sentinel-2's {other} (worldwide averages of SSL4EO-S12), as the short "
+        f"wavelengths tell. Check the product; a network trained on {spec.level or said} sees {other} as another kind of picture."
+    )
+    yield Finding("level", "look", sentence, {"misfit": fits[said], "misfit_then": fits[other]})
+
+
 # -- size -----------------------------------------------------------------------------------------------------------------
+
+
+def resolution(seen: Seen) -> Iterator[Finding]:
+    """Metres a pixel, against those that the network was trained on."""
+    spec, described = seen.spec, seen.described
+    if not isinstance(spec, Raster) or described is None or not spec.resolution or not described.resolution:
+        return
+    ratio = described.resolution / spec.resolution
+    if not 0.5 <= ratio <= 2:
+        sentence = (
+            f"A pixel of the data is {described.resolution:g} m wide, one of the training data was {spec.resolution:g} m: things "
+            f"look {max(ratio, 1 / ratio):.2g} times {'smaller' if ratio > 1 else 'larger'} than the network knows them. Cut out "
+            "tiles that cover as much ground as a training picture did."
+        )
+        yield Finding("resolution", "look", sentence, {"data": described.resolution, "trained": spec.resolution})
 
 
 def size(seen: Seen) -> Iterator[Finding]:
@@ -405,23 +466,11 @@ def size(seen: Seen) -> Iterator[Finding]:
         yield Finding("size", "ok", sentence, numbers)
 
 
-CHECKS: tuple[Check, ...] = (
-    refused,
-    unreadable,
-    mixed,
-    not_finite,
-    constant,
-    already_normalised,
-    units,
-    scale,
-    offset,
-    nodata,
-    inverted,
-    channel_order,
-    saturated,
-    fit,
-    size,
-)
+#: Each stands for itself.
+CHECKS: tuple[Check, ...] = (refused, unreadable, mixed, not_finite, constant, empty, saturated, resolution, size)
+
+#: What may be behind values that do not fit, the simplest first; where one is found, the next ones would only follow from it.
+CAUSES: tuple[Check, ...] = (nodata, already_normalised, units, scale, offset, level, channel_order, inverted, fit)
 
 
 # -- numbers that several checks need ---------------------------------------------------------------------------------------
@@ -437,65 +486,30 @@ def misfit(mean: np.ndarray, std: np.ndarray, expected: tuple[np.ndarray, np.nda
     return float(np.mean(np.square(shift) + np.square(ratio)))
 
 
-def wrong_factor(seen: Seen) -> float | None:
-    """The factor of `FACTORS` by which the values are off, or None."""
-    if seen.expected is None or seen.values is None or _normalised(seen):
-        return None
-    now, high = _misfit(seen), np.max(seen.values.high)
-    limit = FAR if seen.reference is None else FAR_OF_REFERENCE
-    # values of pictures end at 255 / 255; bright lamps in dark pictures must not be multiplied beyond that
-    top = (
-        1.05 * float(np.max(np.add(np.multiply(255, seen.spec.scale), seen.spec.offset)))
-        if isinstance(seen.spec, Image)
-        else np.inf
-    )
-    top = top if top >= 0.5 else np.inf  # a contract that takes 0..1
-    fits = {factor: _misfit(seen, factor) for factor in FACTORS if high * factor <= max(top, 1.05)}
-    if now <= limit or not fits:
-        return None
-    best = min(fits, key=fits.__getitem__)
-    return best if fits[best] < min(2.0, now / 4) else None
-
-
-@functools.lru_cache(maxsize=2)
-def better_units(seen: Seen) -> tuple[str, float, float] | None:
-    """The unit that the data look like, if that is not the one they say; with the misfit now and then."""
-    if not isinstance(seen.spec, Raster) or seen.described is None or seen.expected is None:
-        return None
-    now = np.inf if seen.values is None else _misfit(seen)
-    if now <= FAR and seen.described.units:
-        return None
-    fits = {}
-    for unit in UNITS:
-        if unit != seen.described.units:
-            other = seen.under(units=unit, scale=(1.0,), offset=(0.0,))
-            if other.values is not None:
-                fits[unit] = _misfit(other)
-    best = min(fits, key=fits.__getitem__, default="")
-    return (best, float(now), fits[best]) if best and fits[best] < min(2.0, now / 4) else None
-
-
-def _taken(seen: Seen) -> tuple[int, ...]:
-    """Number of the data's channel that stands in each place of the network."""
-    assert isinstance(seen.spec, Raster) and seen.described is not None
-    made = plan(seen.spec, seen.described, allow=dict.fromkeys(SWITCHES, ""))
-    return dict(next(step for step in made.steps if step.op == "select").arguments)["indices"]
-
-
 def _misfit(seen: Seen, factor: float = 1.0) -> float:
-    assert seen.values is not None and seen.expected is not None
-    return misfit(factor * np.asarray(seen.values.mean), factor * np.asarray(seen.values.std), seen.expected)
+    assert seen.expected is not None
+    mean, std = _moments(seen)
+    return misfit(factor * mean, factor * std, seen.expected)
 
 
-def _normalised(seen: Seen) -> bool:
-    low = seen.stored.percentile(5.0)
-    mean, std = np.asarray(seen.stored.mean), np.asarray(seen.stored.std)
-    return bool(np.mean(low < -0.3) > 0.5 and np.all(np.abs(mean) < 2) and np.all(std < 3) and np.mean(std) > 0.2)
+def _moments(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+    assert seen.values is not None
+    return np.asarray(seen.values.mean), np.asarray(seen.values.std)
 
 
-def _explained(seen: Seen) -> bool:
-    """A cause has been found that makes the other numbers meaningless."""
-    return _normalised(seen) or wrong_factor(seen) is not None or better_units(seen) is not None
+def places(seen: Seen) -> list[int | None]:
+    """For each place of the network, the number of the stored channel that stands there; None where none does."""
+    count, have = len(seen.spec.channels), len(seen.kind)
+    if isinstance(seen.spec, Raster):
+        try:
+            made = plan(seen.spec, seen.described or as_expected(seen.spec), allow=dict.fromkeys(SWITCHES, ""))
+        except PreprocessError:
+            return [None] * count
+        return list(dict(next(step for step in made.steps if step.op == "select").arguments)["indices"])
+    if have in (1, 2):
+        return [0] * count
+    names = [channel if channel in seen.kind else None for channel in seen.spec.channels]
+    return [seen.kind.index(name) if name else k if k < have else None for k, name in enumerate(names)]
 
 
 def _percent(share: float) -> str:

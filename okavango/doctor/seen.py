@@ -14,8 +14,10 @@ import torch
 
 from okavango.data.sources import BadSample, Source
 from okavango.data.statistics import Statistics, Streaming, stored
+from okavango.models.band_statistics import STATISTICS
 from okavango.models.preprocess import ArraySpec, Image, Normalise, Preprocess, PreprocessError, Raster
 from okavango.models.raster import SWITCHES, Bands, as_expected, plan
+from okavango.models.sensors import sensor_name
 
 
 @dataclass(eq=False)
@@ -124,7 +126,30 @@ def expected_values(spec: ArraySpec) -> tuple[np.ndarray, np.ndarray] | None:
         return (low + high) / 2, (high - low) / 4
     if rule.rule == "none" and isinstance(spec, Image):
         return np.full(count, 0.5), np.full(count, 0.25)
+    if rule.rule == "none" and isinstance(spec, Raster):
+        return typical(spec)
     return None  # statistics of the sample itself
+
+
+#: Tables of `okavango.models.band_statistics` that stand for a sensor's data all over the world.
+TYPICAL = {
+    ("sentinel-2", "L1C"): "ssl4eo_s12_l1c_50k",
+    ("sentinel-2", "L2A"): "ssl4eo_s12_l2a_50k",
+    ("sentinel-1", "GRD"): "ssl4eo_s12_s1",
+}
+
+
+def typical(spec: Raster) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and deviation, in the units of a spec, of its bands all over the world; None where no table tells."""
+    table = STATISTICS.get(TYPICAL.get((sensor_name(spec.sensor), spec.level.upper()), ""))
+    factor = {("dn", "dn"): 1.0, ("dn", "reflectance"): 1e-4, ("db", "db"): 1.0}.get((table.units, spec.units)) if table else None
+    if table is None or factor is None:
+        return None
+    try:
+        mean, std = (factor * np.asarray(table.of(name, spec.channels)) for name in ("mean", "std"))
+    except PreprocessError:
+        return None  # a band that the level lacks
+    return mean, std
 
 
 def look(

@@ -118,9 +118,7 @@ def compare(
     return trials
 
 
-def _embed(
-    model: Backbone, modality: str, source: Source, indices: Sequence[int], candidate: Candidate, batch: int
-) -> np.ndarray:
+def _embed(model: Backbone, modality: str, source: Source, indices: Sequence[int], candidate: Candidate, batch: int) -> np.ndarray:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     rows = []
     with evaluating(model), torch.inference_mode():
