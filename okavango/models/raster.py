@@ -117,8 +117,8 @@ class Bands:
         """
         if self.values is None or self.units != "u8" or str(self.values.dtype).removeprefix("torch.") != "uint8":
             raise PreprocessError(
-                f"this checkpoint takes 8-bit pictures ({', '.join(channels)}), and these bands are {self.units or 'of no known unit'}"
-                "; say how they become its input: see okavango.models.expectations.imagenet"
+                f"this checkpoint takes 8-bit pictures ({', '.join(channels)}), and these bands are "
+                f"{self.units or 'of no known unit'}; say how they become its input: see okavango.models.expectations.imagenet"
             )
         indices = [index or 0 for index, _ in _match(Raster(channels=tuple(channels), units="u8"), self.describe())]
         pixels = torch.as_tensor(self.values)
@@ -624,7 +624,7 @@ def _tensor(array: np.ndarray | Tensor) -> Tensor:
 def _op_depth(values, measured, *, sensor) -> State:
     if values.dtype == torch.uint8:
         raise PreprocessError(
-            f"8-bit values are a picture made from {sensor}, not its numbers; say units='u8', or pass allow={{'range': 'the reason'}}"
+            f"8-bit values are a picture of {sensor}, not its numbers; say units='u8', or pass allow={{'range': 'the reason'}}"
         )
     return values, measured
 
@@ -701,8 +701,8 @@ def _op_valid(values, measured, *, valid, units, positions) -> State:
     low, high = float(lows.min()), float(highs.max())
     if low <= high and (low < valid[0] or high > valid[1]):
         raise PreprocessError(
-            f"values {low:.3g}..{high:.3g} ({units}) lie outside of {valid[0]:g}..{valid[1]:g}, what is possible in the checkpoint's "
-            "own data; say the right units= and scale=, or pass allow={'range': 'the reason'}"
+            f"values {low:.3g}..{high:.3g} ({units}) lie outside of {valid[0]:g}..{valid[1]:g}, what is possible in the "
+            "checkpoint's own data; say the right units= and scale=, or pass allow={'range': 'the reason'}"
         )
     return values, measured
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from okavango.models.backbone import Backbone, FeatureInfo, resolve_layers, unknown_name
+from okavango.models.channels import first_convolution, set_filters
+from okavango.models.elastic import default_preprocess
 from okavango.models.features import Features, Layer
 from okavango.models.lora import inject_lora
 from okavango.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Image, Normalise, Preprocess, Resize
@@ -37,6 +39,8 @@ def create(library: str, name: str, **arguments: Any) -> Wrapped:
         image_size: int or (height, width) in pixels; None takes the library's. Position embeddings are made, or resampled, for it.
         pretrained: False; True for the library's default weights; a tag (timm, open_clip), weights name (torchvision) or path
             (timm, open_clip). The library's own loader fetches them.
+        channels: of the input; other numbers than the library's three get untrained filters, which `channels.adapt_channels` and
+            checkpoints fill.
         num_classes: size of a new linear `classifier` on the pooled features, see `Wrapped.logits`; 0 for none.
         frozen: the tower's parameters take no gradient and it stays in eval mode.
         lora: rank, or {"rank", "alpha", "dropout", "targets"}: trainable low-rank updates of the linear layers in attention and MLP
@@ -50,7 +54,7 @@ def create(library: str, name: str, **arguments: Any) -> Wrapped:
     """
     if library not in _LIBRARIES:
         raise WrappedError(unknown_name("library", library, _LIBRARIES))
-    defaults = {"image_size": None, "pretrained": False, "num_classes": 0, "frozen": False, "lora": None}
+    defaults = {"image_size": None, "channels": 3, "pretrained": False, "num_classes": 0, "frozen": False, "lora": None}
     for key in arguments:
         if key not in defaults:
             raise WrappedError(unknown_name(f"argument of {library}/{name}", key, defaults))
@@ -64,6 +68,8 @@ def create(library: str, name: str, **arguments: Any) -> Wrapped:
     model.architecture = f"{library}/{name}"
     # Weights come from the checkpoint when a model is rebuilt, so `pretrained` is not kept.
     model.arguments = {k: v for k, v in given.items() if k != "pretrained" and v != defaults[k]}
+    if given["channels"] != 3:
+        _set_channels(model, given["channels"])
     if given["frozen"]:
         model.freeze()
     if given["lora"]:
@@ -73,6 +79,15 @@ def create(library: str, name: str, **arguments: Any) -> Wrapped:
         nn.init.trunc_normal_(model.classifier.weight, std=0.02)
         nn.init.zeros_(model.classifier.bias)
     return model.eval()
+
+
+def _set_channels(model: Wrapped, channels: int) -> None:
+    spec = model.preprocess.array()
+    conv = first_convolution(model, len(spec.channels))
+    weight = conv.weight.new_empty(len(conv.weight), channels, *conv.kernel_size)
+    nn.init.kaiming_normal_(weight, mode="fan_out")
+    set_filters(conv, weight)
+    model.preprocess = default_preprocess(spec.size[0], channels).replace("image", size=spec.size, resize=spec.resize)
 
 
 class Wrapped(Backbone):
