@@ -74,9 +74,10 @@ def test_a_small_deviation_around_a_large_mean_survives():
 
 
 def test_the_histogram_keeps_all_scales_at_once():
-    values = np.concatenate([np.full(900, 0.02), np.full(90, 3000.0), np.full(10, -1.7e308)])[None]
+    values = np.concatenate([np.full(900, 0.02), np.full(90, 3000.0), np.full(10, -3e38), np.full(7, -1.7e308)])[None]
     streaming = Streaming(("mixed",)).update(values)
-    assert streaming.spread(0, np.array([-2e308, -1.0, 0.0, 1.0, 4000.0])) == pytest.approx([0.01, 0, 0.9, 0.09])
+    assert streaming.spread(0, np.array([-4e38, -1.0, 0.0, 1.0, 4000.0])) == pytest.approx([0.01, 0, 0.9, 0.09])
+    assert streaming.finish().missing == (7,) and streaming.finish().low == (-3e38,)
     eight_bit = Streaming(("grey",)).update(np.arange(256, dtype=np.uint8)[None])
     assert eight_bit.spread(0, np.arange(257.0)) == pytest.approx(np.full(256, 1 / 256))
 

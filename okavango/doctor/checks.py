@@ -119,12 +119,17 @@ def mixed(seen: Seen) -> Iterator[Finding]:
 
 
 def not_finite(seen: Seen) -> Iterator[Finding]:
-    """NaN and infinity, which spread over the whole output of a network."""
+    """NaN and infinity in pictures, which spread over the whole output of a network; rasters of which little was measured."""
     missing, count = sum(seen.stored.missing), sum(seen.stored.count)
-    if missing:
-        share = missing / (missing + count)
-        sentence = f"{_percent(share)} of the values are not finite (NaN or infinite); fill them or mark them before they are used."
+    share = missing / max(1, missing + count)
+    if share and isinstance(seen.spec, Image):
+        sentence = f"{_percent(share)} of the values are no numbers (NaN, infinite, beyond 3e38); fill or mark them before."
         yield Finding("not finite", "wrong", sentence, {"share": share})
+    elif share > 0.5:
+        sentence = (
+            f"{_percent(share)} of the cells were not measured: what the network sees there is filled in. Leave such tiles out."
+        )
+        yield Finding("not measured", "look", sentence, {"share": share})
 
 
 def constant(seen: Seen) -> Iterator[Finding]:
@@ -138,6 +143,8 @@ def constant(seen: Seen) -> Iterator[Finding]:
 
 def already_normalised(seen: Seen) -> Iterator[Finding]:
     """Stored values around 0 with a deviation around 1, which the contract would normalise again."""
+    if seen.spec.normalise.rule == "none" and seen.spec.scale in (1.0, (1.0,)):
+        return
     low, means, stds = seen.stored.percentile(5.0), np.asarray(seen.stored.mean), np.asarray(seen.stored.std)
     if np.mean(low < -0.3) <= 0.5 or np.any(np.abs(means) >= 2) or np.any(stds >= 3) or np.mean(stds) <= 0.2:
         return
@@ -282,7 +289,7 @@ def inverted(seen: Seen) -> Iterator[Finding]:
     now, then = _misfit(seen), misfit(flipped, np.asarray(seen.values.std), seen.expected)
     bright = float(np.mean((np.asarray(seen.values.mean) - seen.expected[0]) / seen.expected[1]))
     by_reference = seen.reference is not None and now > OFF_OF_REFERENCE and then < now / 4
-    if not by_reference and not (bright > 0.9 and then < now - 0.25):
+    if not by_reference and not (bright > 0.9 and then < min(now - 0.25, OFF)):
         return
     sentence = (
         f"The pictures are {'brighter' if bright > 0 else 'darker'} than the contract expects, by {abs(bright):.1f} deviations, "
@@ -337,7 +344,7 @@ def channel_order(seen: Seen) -> Iterator[Finding]:
     spec = seen.spec
     if seen.values is None or seen.expected is None or len(spec.channels) < 2:
         return
-    limit = 0.15 if isinstance(spec, Image) else 1.0
+    limit = 0.15 if isinstance(spec, Image) else 0.5
     order, gain = better_order(np.asarray(seen.values.mean), np.asarray(seen.values.std), *seen.expected, limit)
     if gain < limit:
         return
@@ -367,12 +374,13 @@ def better_order(
 ) -> tuple[list[int], float]:
     """Which channel fits each place best, moving as few as possible.
 
-    The best assignment of channels to places is taken apart into its cycles, and only those that gain at least `limit` are kept:
-    two neighbouring bands that are almost equal do not change places.
+    Of the best assignment of channels to places, cycles are kept that gain at least `limit` and leave no more than a third of their
+    misfit: data of another kind fit nowhere, and that is no matter of the order. Then whatever can go back to its own place at a
+    cost below `limit` does, for neighbouring bands are almost equal.
 
     Args:
         mean, std: of the channels (C,); wanted_mean, wanted_std: of the places (C,).
-        limit: smallest gain of a cycle, in squared deviations.
+        limit: smallest gain that counts, in squared deviations.
     Returns:
         order (order[place] is the channel that fits it), and the gain.
     """
@@ -380,19 +388,23 @@ def better_order(
     cost += np.square(np.log((std[:, None] / wanted_std).clip(1e-4)))
     channels, places = linear_sum_assignment(cost)
     best = dict(zip(places.tolist(), channels.tolist(), strict=True))
-    order, gain, seen = list(range(len(mean))), 0.0, set()
+    order, seen = list(range(len(mean))), set()
     for start in range(len(mean)):
         cycle, place = [], start
         while place not in seen:
             seen.add(place)
             cycle.append(place)
             place = best[place]
-        better = sum(cost[place, place] - cost[best[place], place] for place in cycle)
-        if better >= limit:
-            gain += float(better)
+        now, then = (sum(cost[other[place], place] for place in cycle) for other in (order, best))
+        if now - then >= limit and then <= now / 3:
             for place in cycle:
                 order[place] = best[place]
-    return order, gain
+    for place in range(len(order)):
+        home = order.index(place)
+        back = cost[place, place] + cost[order[place], home] - cost[order[place], place] - cost[place, home]
+        if home != place and back < limit:
+            order[place], order[home] = place, order[place]
+    return order, float(sum(cost[place, place] - cost[order[place], place] for place in range(len(order))))
 
 
 def level(seen: Seen) -> Iterator[Finding]:

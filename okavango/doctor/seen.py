@@ -124,7 +124,7 @@ def expected_values(spec: ArraySpec) -> tuple[np.ndarray, np.ndarray] | None:
     if rule.rule in ("minmax", "stretch"):
         low, high = np.asarray(rule.low), np.asarray(rule.high)
         return (low + high) / 2, (high - low) / 4
-    if rule.rule == "none" and isinstance(spec, Image):
+    if rule.rule == "none" and isinstance(spec, Image) and spec.scale != 1.0:  # scaled to 0..1
         return np.full(count, 0.5), np.full(count, 0.25)
     if rule.rule == "none" and isinstance(spec, Raster):
         return typical(spec)
@@ -170,6 +170,7 @@ def look(
         PreprocessError: none of them could be read.
     """
     seen = Seen(source, preprocess, modality, dict(data or {}), split, reference)
+    plain = _unnormalised(preprocess, modality)
     for index in map(int, indices):
         try:
             image = said_otherwise(source[index]["image"], seen.data)
@@ -186,7 +187,7 @@ def look(
         if names not in seen.raw:
             seen.raw[names] = Streaming(names, split)
         seen.raw[names].update(values, mask)
-        seen.before = _updated(seen.before, seen.spec.channels, _values(preprocess, modality, image))
+        seen.before = _updated(seen.before, seen.spec.channels, _values(plain, seen.spec, modality, image))
         try:
             seen.after = _updated(seen.after, seen.spec.channels, preprocess(**{modality: image})[modality][0])
         except PreprocessError as error:
@@ -201,16 +202,20 @@ def said_otherwise(image: Any, data: Mapping[str, Any]) -> Any:
     return dataclasses.replace(image, **data) if data and isinstance(image, Bands) else image
 
 
-def _values(preprocess: Preprocess, modality: str, image: Any) -> torch.Tensor | None:
-    """Values before the normalisation, (C, H, W), nan where nothing was measured; None where there is no way to them."""
+def _unnormalised(preprocess: Preprocess, modality: str) -> Preprocess:
+    """The contract without its normalisation; of pictures also without their scale, so that values in any range are taken."""
     spec = preprocess.array(modality)
+    if isinstance(spec, Raster):
+        absent = None if spec.absent is None else float("nan")
+        return preprocess.replace(modality, normalise=Normalise(), nodata_fill=float("nan"), absent=absent)
+    return preprocess.replace(modality, scale=1.0, offset=0.0, normalise=Normalise())
+
+
+def _values(plain: Preprocess, spec: ArraySpec, modality: str, image: Any) -> torch.Tensor | None:
+    """Values before the normalisation, (C, H, W), nan where nothing was measured; None where there is no way to them."""
     try:
         if isinstance(spec, Raster):
-            absent = None if spec.absent is None else float("nan")
-            plain = preprocess.replace(modality, normalise=Normalise(), nodata_fill=float("nan"), absent=absent)
             return plain(allow=dict.fromkeys(SWITCHES, "to look at it"), **{modality: image})[modality][0]
-        # without a scale, values in any range are taken
-        plain = preprocess.replace(modality, scale=1.0, offset=0.0, normalise=Normalise())
         return plain(**{modality: image})[modality][0].double() * spec.scale + spec.offset
     except PreprocessError:
         return None
