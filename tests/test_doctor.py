@@ -46,9 +46,9 @@ class View:
 
 @pytest.fixture(scope="module")
 def grey():
-    """180 pictures of clothes, grey on black, as the network was trained on."""
+    """90 pictures of clothes, grey on black, as the network was trained on."""
     source = open_source("samples/fashion:test")
-    return Part(source, chosen(source, 180))
+    return Part(source, chosen(source, 90))
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +333,7 @@ def test_trials_are_paired_and_leave_the_sample_itself_out(grey):
     blind = Candidate("all black", model.preprocess.replace("image", scale=0.0), {}, "y")
     refused = Candidate("too small", model.preprocess.replace("image", size=(3, 3)), {}, "z")
     trials = compare(model, "image", grey, every, [standing, again, blind, refused], batch=50)
-    assert trials[0].difference is None and trials[0].samples == 180 and trials[0].accuracy > 0.6
+    assert trials[0].difference is None and trials[0].samples == 90 and trials[0].accuracy > 0.6
     assert trials[1].difference == (0.0, 0.0, 0.0) and not trials[1].better and not trials[1].worse
     assert trials[2].worse and trials[2].accuracy < 0.2  # a picture that found itself would be right
     assert trials[3].accuracy is None and trials[3].refused
@@ -392,7 +392,7 @@ def test_the_command_tells_writes_and_fails_when_something_is_wrong(folder, grey
     reference, before = tmp_path / "train.json", sorted((path, path.read_bytes()) for path in folder.rglob("*.png"))
     statistics.save(statistics.of_source(grey, split="train"), reference)
     out, suggested = tmp_path / "report", tmp_path / "suggested.json"
-    line = ["preprocess", "check", "--checkpoint", NET, "--data", str(folder), "--samples", "120"]
+    line = ["preprocess", "check", "--checkpoint", NET, "--data", str(folder), "--samples", "60"]
     assert cli.main([*line, "--out", str(out), "--reference", str(reference), "--suggestion", str(suggested)]) == 1
     printed = capsys.readouterr()
     assert printed.err == f"okavango: {folder}: 1 wrong (inverted), see above\n"
@@ -400,7 +400,7 @@ def test_the_command_tells_writes_and_fails_when_something_is_wrong(folder, grey
     report = json.loads((out / "report.json").read_text())
     assert [trial["name"] for trial in report["trials"]][:2] == ["as it stands", "inverted, 255 - value"]
     assert {finding["check"] for finding in report["findings"]} == {"inverted", "saturated"}
-    assert report["statistics"]["stored"]["samples"] == 120
+    assert report["statistics"]["stored"]["samples"] == 60
     contract = Preprocess.from_json(json.loads(suggested.read_text()))
     picture = np.asarray(Pillow.open(next(folder.rglob("*.png"))))
     turned, right = contract(image=picture)["image"], ok.load(NET).preprocess(image=255 - picture)["image"]

@@ -348,6 +348,7 @@ def _edges() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     finite = np.flatnonzero(np.isfinite(near))
     negative = numbers >= _BINS // 2
     low, high = np.where(negative, far, near), np.where(negative, near, far)
+    low, high = (np.where(np.abs(edge) < 1.2e-38, 0.0, edge) for edge in (low, high))  # too small to be told from 0
     return finite[np.argsort(low[finite], kind="stable")], low, high
 
 

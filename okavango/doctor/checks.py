@@ -29,7 +29,6 @@ MARKS = (-999.0, -9999.0, -99999.0, -32767.0, -32768.0)  # for missing values; n
 FACTORS = {
     255.0: "they are 0..1 already, not 0..255",
     1 / 255: "they are 0..255, not 0..1",
-    257.0: "they have been divided by 65535 instead of 255",
     1 / 257: "they are 16-bit numbers, not 8-bit ones",
     16.0: "they are 12-bit numbers in files of 16 bits",
     1 / 16: "they are 12-bit numbers, not 8-bit ones",
@@ -168,7 +167,8 @@ def scale(seen: Seen) -> Iterator[Finding]:
     now, high = _misfit(seen), np.max(seen.values.high)
     # pictures end at 1, or at 255: the lamps of dark pictures must not be multiplied beyond that
     top = np.inf if not isinstance(seen.spec, Image) else 1.05 if np.max(seen.expected[0]) < 1.5 else 268.0
-    fits = {factor: _misfit(seen, factor) for factor in FACTORS if high * factor <= top}
+    impossible = 1 / 255 if max(seen.stored.high) > 256 else 1 / 257  # the two are too close to be told by means
+    fits = {factor: _misfit(seen, factor) for factor in FACTORS if high * factor <= top and factor != impossible}
     factor = min(fits, key=fits.__getitem__, default=1.0)
     if now <= (FAR if seen.reference is None else FAR_OF_REFERENCE) or not fits or fits[factor] >= min(2.0, now / 4):
         return

@@ -244,6 +244,8 @@ def steps(seen: Seen) -> list[str]:
         mean, std = (", ".join(f"{value:.2f}" for value in row) for row in (seen.inputs.mean, seen.inputs.std))
         height, width = seen.size if seen.spec.resize.rule == "none" else seen.spec.size[-2:]
         lines.append(f"network gets float32 {len(seen.spec.channels)} x {height} x {width}: mean {mean}; deviation {std}")
+    elif seen.refused and not isinstance(seen.spec, Raster):
+        lines.append(f"refused: {seen.refused.most_common(1)[0][0]}")
     return lines
 
 
@@ -274,8 +276,8 @@ def _image_steps(seen: Seen) -> list[str]:
     else:
         channels = f"{', '.join(want)}, as stored"
     resize = f"resize: {_resize(seen)}"
-    lines = [f"channels: {channels}", f"scale: value * {_number(spec.scale)} + {_number(spec.offset)}"]
-    lines.append(f"normalise: {_normalise(spec.normalise)}")
+    shift = f" + {_number(spec.offset)}" if spec.offset else ""
+    lines = [f"channels: {channels}", f"scale: value * {_number(spec.scale)}{shift}", f"normalise: {_normalise(spec.normalise)}"]
     lines.insert(1 if spec.resize.on == "native" else 3, resize)
     return lines
 
