@@ -261,11 +261,11 @@ class Preprocess(Mapping[str, InputSpec]):
     def __len__(self) -> int:
         return len(self.specs)
 
-    def __call__(self, *, allow: Mapping[str, str] | None = None, **inputs: Any) -> dict[str, Any]:
+    def __call__(self, *, allow: Any = None, **inputs: Any) -> dict[str, Any]:
         """Turn raw inputs into batches of tensors that the backbone takes as ``model(**result)``.
 
         Args:
-            allow: switch -> reason, for what the reconciliation of rasters would refuse, see `okavango.models.raster.plan`.
+            allow: {switch: reason} for what the reconciliation of rasters would refuse, see `okavango.models.raster.plan`.
             **inputs: per modality one sample, a list of samples or a batch: uint8 or float, (H, W) or (H, W, C) for numpy and PIL,
                 (H, W) or (C, H, W) for tensors, with a leading B for a batch. 8-bit values are 0..255, floats are in the units
                 that `scale` and `offset` start from. A raster is a `Bands`, a list of them, or a plain array together with
