@@ -316,7 +316,7 @@ def preprocess_check(
     Nothing is changed. The exit status is 1 when something is wrong.
 
     Args:
-        checkpoint: see `evaluate`.
+        checkpoint: see `evaluate`; or a contract alone, such as ssl4eo_s12_s2 (docs/remote_sensing.md).
         data: folder of pictures or rasters, tar shards, samples/fashion; with a folder per class, accuracies are measured too.
         out: folder for a page with histograms and pictures, and a report in JSON.
         suggestion: JSON file to write, the contract with what is suggested.

@@ -35,7 +35,7 @@ def two_pass(samples, channel):
     return values[kept], int((~kept).sum())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(samples=st.lists(sample, min_size=1, max_size=5), cut=st.integers(0, 5))
 def test_streamed_and_merged_statistics_are_those_of_two_passes(samples, cut):
     whole, parts = Streaming(("a", "b")), (Streaming(("a", "b")), Streaming(("a", "b")))

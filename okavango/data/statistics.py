@@ -240,6 +240,7 @@ class Streaming:
                 continue
             values, below = self._cumulative(channel)
             wanted = np.interp(np.array(PERCENTILES) / 100 * count, below, values)
+            wanted[np.abs(wanted) < 1.2e-38] = 0.0  # inside of the bin of 0
             percentiles.append(tuple(map(float, wanted.clip(self.low[channel], self.high[channel]))))
         empty = self.count == 0
         std = np.sqrt(self.squares / np.maximum(self.count, 1))
@@ -333,7 +334,7 @@ def check_one_split(source: Source) -> None:
 
 def _bins(values: np.ndarray) -> np.ndarray:
     """Number of the bfloat16 at each value, or next to it towards zero."""
-    near = values.astype(np.float32)
+    near = values.astype(np.float32) + np.float32(0)  # -0 becomes 0
     # rounding to float32 must not carry a value over an edge of its bin
     near = np.where(np.abs(near.astype(np.float64)) > np.abs(values), np.nextafter(near, np.float32(0)), near)
     return (near.view(np.uint32) >> 16).astype(np.int64)
@@ -348,7 +349,6 @@ def _edges() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     finite = np.flatnonzero(np.isfinite(near))
     negative = numbers >= _BINS // 2
     low, high = np.where(negative, far, near), np.where(negative, near, far)
-    low, high = (np.where(np.abs(edge) < 1.2e-38, 0.0, edge) for edge in (low, high))  # too small to be told from 0
     return finite[np.argsort(low[finite], kind="stable")], low, high
 
 

@@ -187,6 +187,35 @@ def scale(seen: Seen) -> Iterator[Finding]:
         yield Finding("scale", "wrong", sentence, evidence, f"values times {factor:g}", data=data)
 
 
+def names(seen: Seen) -> Iterator[Finding]:
+    """Rasters whose bands nobody names: whether they would fit in the contract's order, or in another one."""
+    spec, described = seen.spec, seen.described
+    if not isinstance(spec, Raster) or described is None or not all(name.isdigit() for name in described.channels):
+        return
+    if seen.expected is None or len(described.channels) != len(spec.channels):
+        return
+    said = {"channels": spec.channels, "sensor": spec.sensor, "level": spec.level, "baseline": HARMONISED}
+    said |= {"scale": (1.0,), "offset": (0.0,)}
+    fits: dict[str, tuple[float, list[int]]] = {}
+    for unit in (described.units,) if described.units else UNITS:
+        other = seen.under(**said, units=unit)
+        if other.values is not None:
+            mean, std = _moments(other)
+            order = better_order(mean, std, *seen.expected, 0.5)[0]
+            fits[unit] = misfit(mean[order], std[order], seen.expected), order
+    unit = min(fits, key=lambda unit: fits[unit][0], default="")
+    if not unit or fits[unit][0] >= 2.0:
+        return
+    distance, order = fits[unit]
+    called = tuple(spec.channels[order.index(k)] for k in range(len(order)))
+    sentence = (
+        f"Nobody says which band is which. As {_UNITS[unit]} of {spec.sensor or 'this sensor'} in the order {', '.join(called)} "
+        "they fit what the contract expects. If that is what they are, say so in a bands.json beside them."
+    )
+    data = {name: value for name, value in {**said, "channels": called, "units": unit}.items() if value}
+    yield Finding("names", "wrong", sentence, {"misfit_then": distance}, f"{unit}, {' '.join(called)}", data=data)
+
+
 def units(seen: Seen) -> Iterator[Finding]:
     """Rasters whose unit is not said, or is not what the values look like."""
     if not isinstance(seen.spec, Raster) or seen.described is None or seen.expected is None:
@@ -446,7 +475,7 @@ def resolution(seen: Seen) -> Iterator[Finding]:
 def size(seen: Seen) -> Iterator[Finding]:
     """The size of the data against the one that the network was trained on, and what is lost on the way."""
     spec, rule = seen.spec, seen.spec.resize
-    (height, width), (tall, wide) = seen.size, spec.size[-2:]
+    (height, width), (tall, wide) = seen.size, spec.size
     factor, aspect = min(height / tall, width / wide), (height / width) / (tall / wide)
     stretch, whole = max(aspect, 1 / aspect), {"resize": replace(rule, rule="shortest")}
     numbers = {"native": f"{height}x{width}", "trained": f"{tall}x{wide}", "factor": factor}
@@ -482,7 +511,7 @@ def size(seen: Seen) -> Iterator[Finding]:
 CHECKS: tuple[Check, ...] = (refused, unreadable, mixed, not_finite, constant, empty, saturated, resolution, size)
 
 #: What may be behind values that do not fit, the simplest first; where one is found, the next ones would only follow from it.
-CAUSES: tuple[Check, ...] = (nodata, already_normalised, units, scale, offset, level, channel_order, inverted, fit)
+CAUSES: tuple[Check, ...] = (names, nodata, already_normalised, units, scale, offset, level, channel_order, inverted, fit)
 
 
 # -- numbers that several checks need ---------------------------------------------------------------------------------------

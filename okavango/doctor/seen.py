@@ -15,7 +15,7 @@ import torch
 from okavango.data.sources import BadSample, Source
 from okavango.data.statistics import Statistics, Streaming, stored
 from okavango.models.band_statistics import STATISTICS
-from okavango.models.preprocess import ArraySpec, Image, Normalise, Preprocess, PreprocessError, Raster
+from okavango.models.preprocess import Image, Normalise, Preprocess, PreprocessError, Raster
 from okavango.models.raster import SWITCHES, Bands, as_expected, plan
 from okavango.models.sensors import sensor_name
 
@@ -54,9 +54,11 @@ class Seen:
     after: Streaming | None = None
 
     @property
-    def spec(self) -> ArraySpec:
+    def spec(self) -> Image | Raster:
         """The part of the contract that the data feed."""
-        return self.preprocess.array(self.modality)
+        spec = self.preprocess[self.modality]
+        assert isinstance(spec, Image | Raster)  # `image_modality` chose it
+        return spec
 
     @property
     def kind(self) -> tuple[str, ...]:
@@ -116,7 +118,7 @@ class Seen:
         return Normalise(rule="standard", mean=self.values.mean, std=self.values.std, origin=origin)
 
 
-def expected_values(spec: ArraySpec) -> tuple[np.ndarray, np.ndarray] | None:
+def expected_values(spec: Image | Raster) -> tuple[np.ndarray, np.ndarray] | None:
     """Mean and deviation of the values of each channel that a spec is made for, as far as its normalisation tells."""
     rule, count = spec.normalise, len(spec.channels)
     if rule.rule == "standard":
@@ -211,7 +213,7 @@ def _unnormalised(preprocess: Preprocess, modality: str) -> Preprocess:
     return preprocess.replace(modality, scale=1.0, offset=0.0, normalise=Normalise())
 
 
-def _values(plain: Preprocess, spec: ArraySpec, modality: str, image: Any) -> torch.Tensor | None:
+def _values(plain: Preprocess, spec: Image | Raster, modality: str, image: Any) -> torch.Tensor | None:
     """Values before the normalisation, (C, H, W), nan where nothing was measured; None where there is no way to them."""
     try:
         if isinstance(spec, Raster):
@@ -242,7 +244,7 @@ def steps(seen: Seen) -> list[str]:
     lines += _raster_steps(seen) if isinstance(seen.spec, Raster) else _image_steps(seen)
     if seen.inputs is not None:
         mean, std = (", ".join(f"{value:.2f}" for value in row) for row in (seen.inputs.mean, seen.inputs.std))
-        height, width = seen.size if seen.spec.resize.rule == "none" else seen.spec.size[-2:]
+        height, width = seen.size if seen.spec.resize.rule == "none" else seen.spec.size
         lines.append(f"network gets float32 {len(seen.spec.channels)} x {height} x {width}: mean {mean}; deviation {std}")
     elif seen.refused and not isinstance(seen.spec, Raster):
         lines.append(f"refused: {seen.refused.most_common(1)[0][0]}")
