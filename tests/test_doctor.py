@@ -284,6 +284,26 @@ def test_wrong_rasters_are_found(check, severity, source, description):
         assert check not in left and not [each for each in left.values() if each.severity == "wrong"], left
 
 
+def test_a_folder_of_unnamed_files_is_recognised_by_a_published_contract(tmp_path, capsys):
+    import rasterio
+
+    land = Land(as_uint16, stored=FILE_ORDER)  # as EuroSAT lies, whose statistics are not those of SSL4EO
+    for index in range(len(land)):
+        sample = land[index]
+        (tmp_path / land.classes[sample["label"]]).mkdir(exist_ok=True)
+        file, profile = tmp_path / land.classes[sample["label"]] / f"{index}.tif", dict(driver="GTiff", height=16, width=16)
+        with rasterio.open(file, "w", count=13, dtype="uint16", **profile) as dataset:
+            dataset.write(sample["image"].values)
+    line = ["preprocess", "check", "--checkpoint", "ssl4eo_s12_s2", "--data", str(tmp_path)]
+    assert cli.main(line) == 1
+    printed = capsys.readouterr().out
+    said = json.loads(next(text for text in printed.splitlines() if "bands.json" in text and "{" in text).partition(": ")[2])
+    assert said["channels"] == list(FILE_ORDER) and (said["sensor"], said["level"], said["units"]) == ("sentinel-2", "L1C", "dn")
+    (tmp_path / "bands.json").write_text(json.dumps(said))
+    assert cli.main(line) == 0
+    assert "nothing looks wrong" in capsys.readouterr().out
+
+
 def test_decibels_and_linear_backscatter_are_told_apart():
     table = STATISTICS["ssl4eo_s12_s1"]
     rule = table.standard(("VV", "VH"))
@@ -315,6 +335,9 @@ def test_only_channels_that_gain_by_it_change_places():
     order, gain = better_order(mean[[3, 1, 2, 0]], std, mean, std, 1.0)
     assert order == [3, 1, 2, 0] and gain == pytest.approx(2 * 64)
     assert better_order(mean[[0, 2, 1, 3]], std, mean, std, 1.0) == ([0, 1, 2, 3], 0.0)  # a gain of 0.02 is none
+    usual = [[1, 0, 2, 3], [3, 2, 1, 0]]
+    assert better_order(mean[[3, 1, 2, 0]], std, mean, std, 1.0, usual)[0] == [3, 2, 1, 0]  # almost as good, and somebody uses it
+    assert better_order(mean, std, mean, std, 1.0, usual) == ([0, 1, 2, 3], 0.0)
     rotated = better_order(mean[[1, 3, 0, 2]], std, mean, std, 1.0)[0]
     assert [mean[[1, 3, 0, 2]][k] for k in rotated] == mean.tolist()
 
