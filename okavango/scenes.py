@@ -318,10 +318,15 @@ def _projected(describe: Describe, count: int, cutter: Cutter, tiles: Tiles, bat
 
 
 def _assemble(paths: Sequence[Path], tiles: Tiles, scene: Scene, kind: _Kind, made: dict[str, Any], out: Path) -> None:
-    """The strips as one tiled and compressed GeoTIFF; equal strips give equal bytes."""
+    """The strips as one tiled and compressed GeoTIFF; equal strips give equal bytes.
+
+    Raises:
+        ValueError: all tiles were left out; the strips are removed, so that another `measured` can be tried.
+    """
     strips = [np.load(path, mmap_mode="r") for path in paths]
     count = max(len(strip) for strip in strips)
     if not count:
+        shutil.rmtree(out.parent)
         raise ValueError(f"no tile has a share of {made['measured']} of its pixels measured; lower --measured")
     side = min(BLOCK, -(-max(tiles.rows, tiles.columns) // 16) * 16)
     placed = bool(scene.about.crs or scene.about.transform)

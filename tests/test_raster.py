@@ -17,6 +17,7 @@ from okavango.models.backbone import create_model
 from okavango.models.band_statistics import STATISTICS, BandStatistics, statistics
 from okavango.models.channels import ChannelError, adapt_channels, adapt_filters
 from okavango.models.expectations import (
+    BESIDES,
     CHECKPOINTS,
     RGB,
     S2,
@@ -103,7 +104,7 @@ seeds = st.integers(0, 999)
 
 
 @given(specs, st.permutations(range(13)), seeds)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_the_order_of_the_bands_in_the_data_never_matters(contract, order, seed):
     values = numbers(seed=seed)
     shuffled = bands(values[list(order)], tuple(S2[index] for index in order))
@@ -111,7 +112,7 @@ def test_the_order_of_the_bands_in_the_data_never_matters(contract, order, seed)
 
 
 @given(specs, st.permutations(range(13)), seeds)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_numbers_reflectances_and_shifted_numbers_are_one_scene(contract, order, seed):
     values = numbers(seed=seed)
     first = run(contract, bands(values))
@@ -130,7 +131,7 @@ def test_numbers_reflectances_and_shifted_numbers_are_one_scene(contract, order,
 
 
 @given(specs, seeds, st.integers(1, 4))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_a_batch_a_list_and_single_samples_agree(contract, seed, count):
     values = numbers(batch=(count,), seed=seed)
     batch = run(contract, bands(values))
@@ -142,7 +143,7 @@ def test_a_batch_a_list_and_single_samples_agree(contract, seed, count):
 
 
 @given(specs, seeds)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_a_stored_contract_gives_identical_tensors(contract, seed):
     preprocess = Preprocess(image=contract)
     read = [Preprocess.from_json(preprocess.to_json()), pickle.loads(pickle.dumps(preprocess))]
@@ -153,7 +154,7 @@ def test_a_stored_contract_gives_identical_tensors(contract, seed):
 
 
 @given(specs, st.sampled_from(["uint16", "int16", "int32", "float32", "float64", ">u2"]), st.booleans())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_the_callers_values_stay(contract, dtype, as_tensor):
     values = numbers().astype(dtype)
     values[3, 2:4] = 0
@@ -166,7 +167,7 @@ def test_the_callers_values_stay(contract, dtype, as_tensor):
 
 
 @given(specs, seeds, st.sampled_from([1e9, -9999.0, float("nan"), float("inf")]))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_what_was_not_measured_never_leaks(contract, seed, filler):
     rng = np.random.default_rng(seed)
     values = numbers(seed=seed).astype(np.float64)
@@ -223,7 +224,7 @@ def test_deviations_against_numpy_one_by_one_and_over_the_batch():
 
 
 @given(st.integers(5, 40), st.integers(5, 40), st.integers(4, 40), st.integers(4, 40))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_against_plain_torch(height, width, rows, columns):
     values = numbers(height=height, width=width)
     rule = Normalise(rule="standard", mean=(0.1, 0.2, 0.3), std=(0.05, 0.06, 0.07))
@@ -493,9 +494,9 @@ REFUSALS = [
     (spec(), bands(SMALL[:2], ("B8A", "B08A")), "channels 'B8A' and 'B08A' are the same band", None),
     (spec(), bands(SMALL[:2], ("B04", "B13")), "sentinel-2 has no band 'B13'", None),
     (spec(level="L2A"), bands(SMALL[:2], ("B04", "B10"), level="L2A"), "L2A of sentinel-2 has no band B10", None),
-    (PICTURES, bands(SMALL, level="L1C"), "the data are in dn and this checkpoint takes u8; there is no way", None),
+    (PICTURES, bands(SMALL, level="L1C"), "the data are in dn and this checkpoint takes u8, and nothing says how", None),
     (spec(), bands((SMALL // 64).astype(np.uint8), units="u8"), "the data are in u8 and this checkpoint takes reflectance", None),
-    (Raster(channels=RGB, units="dn"), bands(), "mean is not known|no way", None),
+    (Raster(channels=RGB, units="dn"), bands(), "mean is not known", None),
     (Raster(channels=("B04",)), bands(), "the data lack band B04", None),
     (spec(normalise=Normalise(rule="minmax", low=(0.0,) * 3, high=(0.0,) * 3)), bands(), "divides by zero", None),
     (spec(), [], "the list of samples is empty", None),
@@ -557,6 +558,12 @@ def test_values_that_do_not_fit_their_plan():
     for values, message in ((SMALL[:4], "the plan's channels"), (SMALL.astype(complex), "expected numbers")):
         with pytest.raises(PreprocessError, match=message):
             apply_raster(made, values)
+
+
+def test_descriptions_take_lists_and_numbers_and_are_equal_when_they_say_the_same():
+    first, second = (bands(scale=np.float32(2), channels=list(S2), nodata=float("nan")) for _ in range(2))
+    assert first.describe() == second.describe() and hash(first.describe()) == hash(second.describe())
+    assert first.scale == (2.0,) and first.channels == S2 and first.nodata is None
 
 
 def test_saturated_cells_can_be_left_out():
@@ -672,6 +679,10 @@ def test_every_entry_stores_and_takes_its_own_data():
             call()
 
 
+def test_what_networks_want_besides_pixels():
+    assert set(BESIDES) <= set(CHECKPOINTS) and "sampling distance" in BESIDES["scale_mae"]
+
+
 def test_tables_go_by_name():
     table = STATISTICS["eurosat"]
     assert table.of("mean", ("B8A", "narrow_nir", "b08a")) == (2594.14080798,) * 3 and table.of("high", ("B10",)) == (183,)
@@ -725,7 +736,6 @@ FOUR = imagenet("so2sat_random", ("B02", "B03", "B04", "B08")).array()
         ("timm/test_resnet", {"image_size": 64}),
         ("timm/test_efficientnet", {"image_size": 64}),
         ("torchvision/resnet18", {"image_size": 64}),
-        ("torchvision/mobilenet_v3_small", {"image_size": 64}),
     ],
 )
 def test_any_network_for_red_green_and_blue_takes_other_bands(name, arguments, tmp_path):

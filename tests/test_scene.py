@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -292,6 +293,7 @@ def test_mistakes_are_named_before_anything_is_made(tmp_path, checkpoint, model,
     write_scene(tmp_path / "empty.tif", 20, 20)
     with pytest.raises(ValueError, match="no tile has a share of 0.5 of its pixels measured"):
         ok.embed(model, tmp_path / "empty.tif", tmp_path / "empty_map.tif")
+    assert not (tmp_path / "empty_map.tif.partial").exists()
 
 
 def test_a_torn_scene_stops_the_run_and_what_was_done_is_kept(tmp_path, model):
@@ -346,6 +348,18 @@ def test_features_of_patches_are_those_of_their_bands(patches, model):
     with rasterio.open(patches / "test" / found.ids[-1]) as dataset:
         values = dataset.read()
     np.testing.assert_allclose(found.features[-1], vectors(model, values, 16, 16, 1, 1)[:, 0, 0], atol=1e-5)
+
+
+def test_patches_are_cropped_and_mirrored_for_training(patches, model):
+    source, head = open_source(patches / "train"), Classifier(model, ("Forest", "River"), crop_scale=(1.0, 1.0), flip=1.0)
+    sample = source[0]
+    made = head.transform(model.preprocess)(sample, seed=0)
+    mirrored = replace(sample["image"], values=sample["image"].values[..., ::-1])
+    torch.testing.assert_close(made["image"], model.preprocess(image=mirrored)["image"][0])
+    part = Classifier(model, ("Forest", "River"), crop_scale=(0.3, 0.5), flip=0.0).transform(model.preprocess)(sample, seed=1)
+    assert part["image"].shape == (4, 14, 14) and not torch.equal(part["image"], made["image"].flip(-1))
+    with pytest.raises(ValueError, match="RandAugment is made for pictures"):
+        Classifier(model, ("Forest", "River"), randaugment="rand-m5-n1").transform(model.preprocess)(sample, seed=0)
 
 
 def test_embed_writes_patches_to_parquet_too(patches, checkpoint):

@@ -219,6 +219,17 @@ _ENTRIES: dict[str, tuple[Callable[[str], dict[str, Raster]], tuple[str, ...]]] 
 }
 CHECKPOINTS: dict[str, tuple[str, ...]] = {name: ("", *variants) for name, (_, variants) in _ENTRIES.items()}
 
+# what some networks want besides the pixels; wavelengths are in the contract
+BESIDES: dict[str, str] = {
+    "scale_mae": "ground sampling distance",
+    "dofa_sentinel_2": "wavelengths in micrometres",
+    "dofa_sentinel_1": "wavelengths in micrometres",
+    "dofa_gaofen": "wavelengths in micrometres",
+    "prithvi_1": "a stack of frames",
+    "prithvi_2": "a stack of frames; place and date where it was trained with them",
+    **{name: "wavelengths, ground sampling distance, place and time" for name in _ENTRIES if name.startswith("clay_")},
+}
+
 
 def checkpoint(name: str, variant: str = "") -> Preprocess:
     """What a published checkpoint expects.

@@ -59,7 +59,7 @@ class Bands:
             unknown.
         scale, offset: value in `units` = stored value * scale + offset; one number, or one per channel.
         wavelengths: nanometres per channel, None where there is none; empty when unknown or as the sensor's table has it.
-        nodata: stored value for "no measurement"; cells that are not finite never count as measured.
+        nodata: stored value for "no measurement"; cells that are not finite never count as measured, so NaN becomes None.
         mask: True where measured: (H, W) or (C, H, W), with a leading B for a batch.
         resolution: metres; crs: WKT; transform: the six numbers of the affine map; time: ISO.
         baseline: of Sentinel-2, such as "04.00", or "harmonised" where the offset of 04.00 is taken away already.
@@ -86,8 +86,10 @@ class Bands:
     def __post_init__(self):
         for name in ("channels", "scale", "offset", "wavelengths", "transform"):
             value = getattr(self, name)
-            value = (value,) if isinstance(value, (str, int, float)) else tuple(value)
+            value = (value,) if isinstance(value, (str, int, float, np.number)) else tuple(value)
             object.__setattr__(self, name, value)  # lists are welcome; descriptions must be hashable
+        if self.nodata is not None and self.nodata != self.nodata:
+            object.__setattr__(self, "nodata", None)  # never measured in any case, and equal to no other
         count = len(self.channels)
         if self.units not in ("", *UNITS):
             raise PreprocessError(f"units {self.units!r}: expected one of {', '.join(UNITS)}")
@@ -399,7 +401,10 @@ def _affine(spec: Raster, source: Bands, position: int, index: int | None, scale
         return scale, offset
     own = spec.scale[position if len(spec.scale) > 1 else 0], spec.offset[position if len(spec.offset) > 1 else 0]
     if have not in ("dn", "reflectance") or want not in ("dn", "reflectance", "u8", "kelvin") or (want == "u8" and own == (1, 0)):
-        raise PreprocessError(f"the data are in {have} and this checkpoint takes {want}; there is no way from one to the other")
+        raise PreprocessError(
+            f"the data are in {have} and this checkpoint takes {want}, and nothing says how one becomes the other; choose a "
+            "contract in the data's unit, such as those of okavango.models.expectations.imagenet"
+        )
     if have == "dn" and same and own != (1, 0):  # the checkpoint's own stored values
         return _then(scale, offset, *own)
     if have == "dn":
