@@ -137,7 +137,7 @@ class Raster:
         channels: band names in the order that the network expects.
         wavelengths: centre of each band in nanometres, None where it has none (radar); empty when unknown.
         sensor: e.g. "sentinel-2"; level: processing level, e.g. "L2A"; units: of the network's values before normalisation, one of
-            "dn", "reflectance", "db", "linear", "u8".
+            "dn", "reflectance", "db", "linear", "u8", "kelvin".
         scale, offset: one number per band, or one for all: value in `units` = stored value * scale + offset. Stored values are the
             sensor's numbers, for Sentinel-2 without the offset of baseline 04.00; 8-bit units with a scale are cut to 0..255 and
             rounded down.

@@ -235,7 +235,7 @@ def _plan(spec: Raster, source: Bands, allow: frozenset[str]) -> Plan:
     steps = _raw_checks(source, allow)
     steps += _select(spec, source, matches, notes)
     steps += _range_checks(source, matches, allow)
-    steps.append(Step("fill", "" if source.nodata is None else "cells that were not measured: the mean of their band"))
+    steps.append(Step("fill", "" if source.nodata is None else "cells that were not measured: the mean of their band, for now"))
     steps += _conversion(spec, source, matches, allow)
     if spec.valid and "range" not in allow:
         steps.append(Step("valid", "", (("valid", spec.valid), ("units", spec.units), ("positions", _present(matches)))))
@@ -244,7 +244,7 @@ def _plan(spec: Raster, source: Bands, allow: frozenset[str]) -> Plan:
         steps += [*resize, *norm]
     else:  # an affine map and a linear resize commute, and the smaller side of an enlargement is the cheaper one
         steps += [*norm, *resize]
-    steps += _last_steps(spec, matches)
+    steps += _last_steps(spec, source, matches)
     if spec.resolution and source.resolution and not 0.5 <= source.resolution / spec.resolution <= 2:
         notes.append(f"the data have {source.resolution:g} m a pixel, the checkpoint was trained on {spec.resolution:g} m")
     return Plan(spec, source, _joined(steps), notes=tuple(notes))
@@ -486,8 +486,9 @@ def _resize_steps(spec: Raster) -> list[Step]:
     return [Step("resize", f"resize to {side} ({', '.join(words)}{before})", (("rule", rule), ("size", spec.size)))]
 
 
-def _last_steps(spec: Raster, matches: Sequence[Match]) -> list[Step]:
-    steps = [Step("unmeasured", "", (("value", spec.nodata_fill),))]
+def _last_steps(spec: Raster, source: Bands, matches: Sequence[Match]) -> list[Step]:
+    says = "" if source.nodata is None else f"cells that were not measured: {spec.nodata_fill:g}"
+    steps = [Step("unmeasured", says, (("value", spec.nodata_fill),))]
     absent = tuple(position for position, (index, _) in enumerate(matches) if index is None)
     if absent:
         names, where = ", ".join(spec.channels[position] for position in absent), "after normalisation"
@@ -616,6 +617,7 @@ def _described(spec: Raster, sample: Any, allow: Mapping[str, str]) -> Bands:
     if "undescribed" not in allow:
         names = ", ".join(map(repr, spec.channels[:3])) + (", ..." if len(spec.channels) > 3 else "")
         said = f"sensor={spec.sensor!r}, level={spec.level!r}, units='dn'" if spec.sensor else f"units={spec.units!r}"
+        said += ", baseline='02.08'" if sensor_name(spec.sensor) == SENTINEL_2.name else ""
         raise PreprocessError(
             f"an array that does not say what it is; describe it, Bands(values=x, channels=({names}), {said}), or pass "
             "allow={'undescribed': 'the reason'} if its channels and stored values are the checkpoint's own"
