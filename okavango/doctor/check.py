@@ -151,6 +151,8 @@ def preprocess_check(
     source = cached(training_part(data))  # each candidate reads the samples again
     statistics.check_one_split(source)
     known = _reference(reference, preprocess, modality)
+    if known is not None and known.digest == source.digest:
+        raise ValueError(f"the reference is of {source.name} itself, so nothing could differ from it; take the training set's")
     indices = chosen(source, samples)
     seen = look(source, preprocess, modality, indices, split=statistics.split_of(source.name), reference=known)
     findings = examine(seen)

@@ -195,7 +195,7 @@ def names(seen: Seen) -> Iterator[Finding]:
         return
     if seen.expected is None or len(described.channels) != len(spec.channels):
         return
-    said = {"channels": spec.channels, "sensor": spec.sensor, "level": spec.level, "baseline": HARMONISED}
+    said: dict[str, Any] = {"channels": spec.channels, "sensor": spec.sensor, "level": spec.level, "baseline": HARMONISED}
     said |= {"scale": (1.0,), "offset": (0.0,)}
     fits: dict[str, tuple[float, list[int]]] = {}
     for unit in (described.units,) if described.units else UNITS:

@@ -46,7 +46,6 @@ def render(report: Report, out: str | os.PathLike) -> Path:
     )
     out, seen = Path(out), report.seen
     height, width = seen.size
-    changed = report.suggested != seen.preprocess or bool(report.described)
     name, other, described = _alternative(report)
     html = environment.get_template("page.html.j2").render(
         title=f"{report.checkpoint} on {report.data}",
@@ -72,13 +71,13 @@ def render(report: Report, out: str | os.PathLike) -> Path:
         trials=_trials(report),
         neighbours=NEIGHBOURS,
         unmeasured=report.unmeasured,
-        channels=[_channel(report, place) for place in range(len(seen.spec.channels))],
+        channels=_channels(report),
         frame={"width": WIDTH, "height": HEIGHT},
         rows=_rows(report, name, other, described),
         spread=SPREAD,
-        suggestion=json.dumps(report.suggested.to_json()["specs"][seen.modality], indent=1) if changed else "",
-        described=json.dumps(report.described, indent=1) if report.described else "",
-        contract=json.dumps(seen.preprocess.to_json()["specs"][seen.modality], indent=1),
+        suggestion=_lines(report.suggested.to_json()["specs"][seen.modality]) if report.suggested != seen.preprocess else "",
+        described=_lines(report.described),
+        contract=_lines(seen.preprocess.to_json()["specs"][seen.modality]),
         provenance={
             "data": report.data,
             "digest of their manifest": seen.source.digest,
@@ -123,10 +122,27 @@ def _interval(low: float, high: float, signed: bool = False) -> str:
 # -- channels ---------------------------------------------------------------------------------------------------------------
 
 
-def _channel(report: Report, place: int) -> dict[str, Any]:
+def _channels(report: Report) -> list[dict[str, Any]]:
+    """The channels of the network; those of the data where nobody knows which goes where."""
+    seen, taken = report.seen, places(report.seen)
+    if any(source is not None for source in taken):
+        return [_channel(report, place, source) for place, source in enumerate(taken)]
+    raw, known = seen.raw[seen.kind], seen.stored
+    return [
+        {"name": f"channel {name}", "before": _stored_histogram(raw, known, k), "after": None}
+        | {"numbers": [("stored", *_numbers(known, k))]}
+        for k, name in enumerate(seen.kind)
+    ]
+
+
+def _lines(fields: dict[str, Any]) -> str:
+    """A JSON object, a field a line."""
+    return "\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+
+
+def _channel(report: Report, place: int, source: int | None) -> dict[str, Any]:
     """One channel of the network: what is stored, what arrives, as histograms and numbers."""
     seen, numbers = report.seen, []
-    source = places(seen)[place]
     before = after = None
     if source is not None:
         before = _stored_histogram(seen.raw[seen.kind], seen.stored, source)
@@ -178,10 +194,10 @@ def _histogram(streaming: Streaming, channel: int, low: float, high: float, bell
     edges = np.linspace(low, high, BINS + 1)
     shares = streaming.spread(channel, edges)
     expected = np.exp(-np.square((edges[:-1] + edges[1:]) / 2) / 2) / np.sqrt(2 * np.pi) * (edges[1] - edges[0])
-    # a peak of one bin (a background) must not flatten the rest: the second highest sets the scale, if it is far lower
+    # a background in one or two bins must not flatten the rest: the next ones set the scale, if they are far lower
     ordered = np.sort(shares)
-    top = ordered[-1] if ordered[-1] < 4 * ordered[-2] else max(1.3 * ordered[-2], 1e-9)
-    top = max(top, expected.max() if bell else 0.0, 1e-12)
+    top = max(1.3 * ordered[-4], 1.05 * expected.max() if bell else 0.0, 1e-12)
+    top = ordered[-1] if top > ordered[-1] / 3 and not (bell and top > ordered[-1]) else top
     x = np.linspace(0, WIDTH, BINS + 1)
     y = HEIGHT * (1 - np.minimum(shares / top, 1))
     points = [f"0,{HEIGHT}", *(f"{a:.1f},{b:.1f}" for k, b in enumerate(y) for a in (x[k], x[k + 1])), f"{WIDTH},{HEIGHT}"]
@@ -235,8 +251,8 @@ def _network(preprocess: Preprocess, modality: str, image: Any, chosen: list[int
     if spec.normalise.mean or spec.normalise.rule in ("zscore", "zscore_nonzero"):
         values = (values + SPREAD) / (2 * SPREAD)
     else:
-        low, high = np.nanmin(values), np.nanmax(values)
-        values = (values - low) / max(high - low, 1e-12) if high > 1 or low < 0 else values
+        low, high = np.nanpercentile(values, (2, 98))
+        values = (values - low) / max(high - low, 1e-12)
     return _png(values)
 
 
