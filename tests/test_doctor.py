@@ -19,7 +19,9 @@ from okavango.doctor.checks import Finding, better_order, examine, misfit
 from okavango.doctor.page import render
 from okavango.doctor.seen import chosen, look
 from okavango.doctor.trials import Candidate, Trial, compare
+from okavango.models.backbone import Backbone, FeatureInfo
 from okavango.models.band_statistics import STATISTICS
+from okavango.models.features import Features
 from okavango.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Image, Normalise, Preprocess, Raster, Resize
 from okavango.models.raster import Bands
 
@@ -169,6 +171,11 @@ def test_sizes_that_lose_something_are_told(colour, size, rule, says, severity):
     assert says in findings["size"].sentence and findings["size"].severity == severity
     if findings["size"].changes and size != (28, 84):
         assert mended(source, contract, findings["size"]).get("size", Finding("", "ok", "")).severity == "ok"
+
+
+def test_padding_is_not_taken_for_values(colour):
+    contract = CONTRACT.replace("image", size=(224, 224), resize=Resize(rule="crop"))
+    assert set(found(Part(colour, range(20)), contract)[0]) == {"size"}
 
 
 def test_torn_files_are_counted(tmp_path):
@@ -367,6 +374,27 @@ def test_trials_are_paired_and_leave_the_sample_itself_out(grey):
     assert trials[2].worse and trials[2].accuracy < 0.2  # a picture that found itself would be right
     assert trials[3].accuracy is None and trials[3].refused
     assert not model.training and model.preprocess == ok.load(NET).preprocess
+
+
+class Bright(Backbone):
+    """A network that tells which share of each of four bands lies above 0."""
+
+    architecture, arguments, preprocess = "bright", {}, LAND
+    feature_info = FeatureInfo(channels=4, layers=0, layer_channels=(), strides=())
+
+    def forward(self, inputs, **controls):
+        return Features(pooled=(inputs["image"][:, :4] > 0).float().mean((2, 3)))
+
+
+def test_what_rasters_should_say_of_themselves_is_measured_too():
+    quiet = {"say": lambda line: None}
+    report = preprocess_check(Bright(), Land(lambda v: as_uint16(v + 1000), count=60), **quiet)
+    standing, mended = report.trials
+    assert [each.check for each in report.trials] == ["", "offset"] and report.findings[0].severity == "wrong"
+    assert mended.better and mended.accuracy > 0.8 > standing.accuracy  # the offset lifts all of these bands above 0
+    assert report.described == {"baseline": "04.00"} and report.suggested == LAND
+    refused = preprocess_check(Bright(), Land(as_uint16, count=60, baseline=""), **quiet).trials
+    assert refused[0].accuracy is None and "baseline" in refused[0].refused and refused[1].accuracy == mended.accuracy
 
 
 def test_findings_are_weighed_by_what_was_measured():

@@ -354,7 +354,7 @@ def fit(seen: Seen) -> Iterator[Finding]:
     shift = (np.asarray(seen.values.mean) - seen.expected[0]) / seen.expected[1]
     ratio = np.asarray(seen.values.std) / seen.expected[1]
     worst = int(np.argmax(np.square(shift) + np.square(np.log(ratio.clip(1e-4)))))
-    whose = f"the reference ({seen.reference.source})" if seen.reference else f"its normalisation ({seen.spec.normalise.origin})"
+    whose = f"the reference, {seen.reference.source}" if seen.reference else seen.spec.normalise.origin or "the training data"
     sentence = (
         f"The values are not like those of {whose}: {seen.spec.channels[worst]} is off by {shift[worst]:+.1f} deviations, and its "
         f"deviation is {ratio[worst]:.2g} times theirs. No simple cause was found: another kind of data, or an earlier step that "

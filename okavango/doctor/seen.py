@@ -15,7 +15,7 @@ import torch
 from okavango.data.sources import BadSample, Source
 from okavango.data.statistics import Statistics, Streaming, stored
 from okavango.models.band_statistics import STATISTICS
-from okavango.models.preprocess import Image, Normalise, Preprocess, PreprocessError, Raster
+from okavango.models.preprocess import Image, Normalise, Preprocess, PreprocessError, Raster, Resize
 from okavango.models.raster import SWITCHES, Bands, as_expected, plan
 from okavango.models.sensors import sensor_name
 
@@ -205,12 +205,12 @@ def said_otherwise(image: Any, data: Mapping[str, Any]) -> Any:
 
 
 def _unnormalised(preprocess: Preprocess, modality: str) -> Preprocess:
-    """The contract without its normalisation; of pictures also without their scale, so that values in any range are taken."""
-    spec = preprocess.array(modality)
+    """The contract without resize and normalisation; of pictures also without scale, so that values in any range are taken."""
+    spec, whole = preprocess.array(modality), Resize(rule="none")
     if isinstance(spec, Raster):
         absent = None if spec.absent is None else float("nan")
-        return preprocess.replace(modality, normalise=Normalise(), nodata_fill=float("nan"), absent=absent)
-    return preprocess.replace(modality, scale=1.0, offset=0.0, normalise=Normalise())
+        return preprocess.replace(modality, normalise=Normalise(), resize=whole, nodata_fill=float("nan"), absent=absent)
+    return preprocess.replace(modality, scale=1.0, offset=0.0, normalise=Normalise(), resize=whole)
 
 
 def _values(plain: Preprocess, spec: Image | Raster, modality: str, image: Any) -> torch.Tensor | None:
