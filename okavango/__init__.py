@@ -32,6 +32,8 @@ _HOME = {
     "evaluate": "verbs",
     "embed": "verbs",
     "predict": "verbs",
+    "preprocess_check": "doctor.check",
+    "preprocess_statistics": "doctor.check",
 }
 _MODULES = ("explain", "testing")
 
@@ -67,6 +69,8 @@ sys.modules[__name__].__class__ = _Package
 if TYPE_CHECKING:
     from okavango import explain as explain
     from okavango import testing as testing
+    from okavango.doctor.check import preprocess_check as preprocess_check
+    from okavango.doctor.check import preprocess_statistics as preprocess_statistics
     from okavango.models.backbone import Backbone as Backbone
     from okavango.models.backbone import create_model as create_model
     from okavango.models.backbone import register as register

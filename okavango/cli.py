@@ -302,6 +302,54 @@ def index_search(
     retrieval_verbs.search(index, data, top=top, checkpoint=checkpoint, recall=recall, batch=batch, workers=workers, say=say)
 
 
+def preprocess_check(
+    checkpoint: str,
+    data: str,
+    out: Path | None = None,
+    suggestion: Path | None = None,
+    reference: Path | None = None,
+    samples: int = 512,
+    seed: int = 0,
+) -> None:
+    """Look at data under a checkpoint's contract: what would be done, what looks wrong, and what a change is worth.
+
+    Nothing is changed. The exit status is 1 when something is wrong.
+
+    Args:
+        checkpoint: see `evaluate`; or a contract alone, such as ssl4eo_s12_s2 (docs/remote_sensing.md).
+        data: folder of pictures or rasters, tar shards, samples/fashion; with a folder per class, accuracies are measured too.
+        out: folder for a page with histograms and pictures, and a report in JSON.
+        suggestion: JSON file to write, the contract with what is suggested.
+        reference: file of `preprocess statistics`: how the pictures should be, such as those of the training set.
+        samples: how many are looked at, evenly over the classes.
+        seed: of the intervals.
+    """
+    at_least(1, samples=samples)
+    from okavango.doctor import check
+
+    options: dict[str, Any] = {"out": out, "suggestion": suggestion, "reference": reference}
+    report = check.preprocess_check(checkpoint, data, samples=samples, seed=seed, say=say, **options)
+    if report.wrong:
+        raise ValueError(f"{data}: {len(report.wrong)} wrong ({', '.join(each.check for each in report.wrong)}), see above")
+
+
+def preprocess_statistics(
+    data: Positional[str], out: Path | None = None, split: Literal["", "train", "val", "test"] = "", samples: int = 0
+) -> None:
+    """Mean, deviation and percentiles of each channel as stored, with where they come from.
+
+    Args:
+        data: folder of pictures or rasters, tar shards, samples/fashion; of a folder with train/ in it, that part.
+        out: JSON file to write.
+        split: which part of a data set this is; by default its name tells.
+        samples: at most so many, evenly chosen, 0 for all.
+    """
+    at_least(0, samples=samples)
+    from okavango.doctor import check
+
+    check.preprocess_statistics(data, out, split=split, samples=samples, say=say)
+
+
 def zoo_list(pattern: Positional[str] = "*", licence: str | None = None, weights: bool | None = None) -> None:
     """List models: name, parameters, input, licence.
 
@@ -529,6 +577,7 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "embed": embed,
     "predict": predict,
     "explain": explain,
+    "preprocess": {"check": preprocess_check, "statistics": preprocess_statistics},
     "index": {"build": index_build, "add": index_add, "search": index_search},
     "zoo": {
         "list": zoo_list,
