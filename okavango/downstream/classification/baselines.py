@@ -7,7 +7,7 @@ pretrained network on three of seven data sets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from okavango.data.sources import BadSample
 from okavango.downstream.classification.augment import seeded
 from okavango.downstream.classification.features import image_modality
-from okavango.models.backbone import Backbone, FeatureInfo, create_model
+from okavango.models.backbone import Backbone, FeatureInfo, create_model, unknown_name
 from okavango.models.features import Features
 from okavango.models.preprocess import Preprocess
 
@@ -148,25 +148,33 @@ def draw_places(
 
 
 def draw_patches(
-    source: Any, preprocess: Preprocess, *, count: int = FILTERS, size: int = SIZE, seed: int = 0, last: bool = True
+    source: Any,
+    preprocess: Preprocess,
+    *,
+    count: int = FILTERS,
+    size: int = SIZE,
+    seed: int = 0,
+    last: bool = True,
+    allow: Mapping[str, str] | None = None,
 ) -> Tensor:
     """Patches of what a contract makes of a source: float32 (count, C, size, size). No sample is read twice.
 
     Args:
-        source: samples of one size after `preprocess`. The others: see `draw_places`.
+        source: samples of one size after `preprocess`.
+        count, size, seed, last: see `draw_places`. allow: see `Preprocess`.
     Raises:
         ValueError: samples of several sizes, or too small.
     """
     modality = image_modality(preprocess)
-    readable = iter(range(len(source)))
-    first = next((image for image in (_fed(source, index, preprocess, modality) for index in readable) if image is not None), None)
+    images = (_fed(source, index, preprocess, modality, allow) for index in range(len(source)))
+    first = next((image for image in images if image is not None), None)
     if first is None:
         raise ValueError(f"source {source.name!r}: none of its {len(source)} samples could be read")
     height, width = first.shape[-2:]
     places = draw_places(len(source), height, width, count=count, size=size, seed=seed, last=last)
     patches = torch.empty(count, first.shape[0], size, size)
     for index in np.unique(places[:, 0]):
-        image = _fed(source, int(index), preprocess, modality)
+        image = _fed(source, int(index), preprocess, modality, allow)
         image = first if image is None else image  # a sample that cannot be read
         if image.shape != first.shape:
             raise ValueError(
@@ -179,13 +187,13 @@ def draw_patches(
     return patches
 
 
-def _fed(source: Any, index: int, preprocess: Preprocess, modality: str) -> Tensor | None:
+def _fed(source: Any, index: int, preprocess: Preprocess, modality: str, allow: Mapping[str, str] | None = None) -> Tensor | None:
     """What a network is fed of one sample, float32 (C, H, W); None where it cannot be read."""
     try:
         sample = source[index]
     except BadSample:
         return None
-    return preprocess(**{modality: sample["image"]})[modality][0]
+    return preprocess(allow=allow, **{modality: sample["image"]})[modality][0]
 
 
 def whitened(patches: Tensor) -> Tensor:
@@ -213,6 +221,7 @@ def mosaiks(
     drawn_with: Preprocess | None = None,
     last: bool = True,
     second: Second = "opposite",
+    allow: Mapping[str, str] | None = None,
 ) -> RandomConvolutions:
     """MOSAIKS: convolutions with whitened patches of training data, 2 * `count` numbers per sample.
 
@@ -220,9 +229,9 @@ def mosaiks(
         source: training data. preprocess: what the baseline is fed.
         drawn_with: contract that patches are drawn with, `preprocess` when left out. The study drew them from its data as they come
             out of their files, or normalised but not resized, and held them against resized images.
-        last, second: see `draw_places` and `RandomConvolutions`.
+        last, second, allow: see `draw_places`, `RandomConvolutions` and `Preprocess`.
     """
-    patches = draw_patches(source, drawn_with or preprocess, count=count, size=size, seed=seed, last=last)
+    patches = draw_patches(source, drawn_with or preprocess, count=count, size=size, seed=seed, last=last, allow=allow)
     return RandomConvolutions(preprocess, whitened(patches), architecture="mosaiks", second=second)
 
 
@@ -234,9 +243,21 @@ def untrained(architecture: str, preprocess: Preprocess, *, seed: int = 0, **arg
     return model.eval()
 
 
-# name -> (training data, contract, seed) -> baseline
-BASELINES: dict[str, Callable[[Any, Preprocess, int], Baseline]] = {
-    "image-statistics": lambda source, preprocess, seed: ImageStatistics(preprocess),
-    "rcf": lambda source, preprocess, seed: random_features(preprocess, seed=seed),
-    "mosaiks": lambda source, preprocess, seed: mosaiks(source, preprocess, seed=seed),
-}
+BASELINES = ("image-statistics", "rcf", "mosaiks")
+SEEDED = ("rcf", "mosaiks")
+
+
+def baseline(name: str, source: Any, preprocess: Preprocess, *, seed: int = 0, allow: Mapping[str, str] | None = None) -> Baseline:
+    """One of `BASELINES`.
+
+    Args:
+        source: training data, of which MOSAIKS takes its patches. preprocess: what the baseline is fed.
+        seed: of those in `SEEDED`.
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in BASELINES:
+        raise ValueError(unknown_name("baseline", name, BASELINES))
+    if name == "image-statistics":
+        return ImageStatistics(preprocess)
+    return random_features(preprocess, seed=seed) if name == "rcf" else mosaiks(source, preprocess, seed=seed, allow=allow)
