@@ -401,12 +401,12 @@ def measure_rows(
     Returns:
         The new records; `settings` hold size, normalisation, bands, all metrics, and "row", by which `paired` finds them again.
     """
-    known = {record.settings.get("row") for record in read_records(out)} if Path(out).exists() else set()
     cache, digests = Path(cache), (subject.train.digest, subject.test.digest)
     new: list[Record] = []
     for row in grid:
         keys = {protocol: row.key(*digests, protocol) for protocol in protocols}
-        left = [protocol for protocol in protocols if keys[protocol] not in known]
+        known = {record.settings.get("row") for record in read_records(out)} if Path(out).exists() else set()
+        left = [protocol for protocol in protocols if keys[protocol] not in known]  # looked up anew: others may write there too
         if not left:
             say(f"{row.label}: measured already")
             continue
@@ -544,7 +544,7 @@ def all_encoders(checkpoints: Sequence[str], imagenet: str, seeds: Sequence[int]
     for name in dict.fromkeys((imagenet, *checkpoints)):
         try:
             found = checkpoint_encoder(name, "ImageNet" if name == imagenet else "pretrained")
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:  # whatever a library raises for weights that it does not know
             if name in checkpoints:
                 raise
             say(f"left out: {imagenet} trained on ImageNet: {str(error).splitlines()[0]}")

@@ -27,7 +27,7 @@ class LabelSets:
     Example:
         >>> import torch
         >>> from okavango.data.sources import Arrays
-        >>> fields = LabelSets(Arrays(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)), {"0": ["maize", "water"], "1": []})
+        >>> fields = LabelSets(Arrays(torch.zeros(2, 4, 4, 3, dtype=torch.uint8)), {"0": ["maize", "water"], "1": []})
         >>> fields.classes, fields[0]["label"].tolist()
         (('maize', 'water'), [1, 1])
     """
