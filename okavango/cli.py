@@ -110,39 +110,85 @@ def evaluate(
     verbs.evaluate(checkpoint, data=data, train=train, protocol=protocol, subnets=subnets, out=out, seed=seed, say=say, **passes)
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """Options of maps of one scene."""
+
+    tile: int = 0
+    """side of a tile in pixels of the scene, 0 for the checkpoint's input size"""
+    overlap: int = 0
+    """pixels that neighbouring tiles share"""
+    measured: float = 0.5
+    """least share of a tile that must be measured; others become nodata"""
+    allow: tuple[str, ...] = ()
+    """what would be refused and is not, as SWITCH=REASON: saturated, range, baseline ... (docs/remote_sensing.md)"""
+
+
+def _whole(options: Tiling) -> dict[str, Any]:
+    """The options as the verbs take them."""
+    if options == Tiling():
+        return {}
+    from okavango.scenes import Cut
+
+    at_least(0, tile=options.tile, overlap=options.overlap)
+    reasons = dict(switch.partition("=")[::2] for switch in options.allow)
+    return {"cut": Cut(tile=options.tile, overlap=options.overlap, measured=options.measured), "allow": reasons}
+
+
 def embed(
-    checkpoint: Positional[str], data: Positional[str], out: Path, subnet: str = "", batch: int = 256, workers: int = 0
+    checkpoint: Positional[str],
+    data: Positional[str],
+    out: Path,
+    subnet: str = "",
+    batch: int = 64,
+    workers: int = 0,
+    scene: Annotated[Tiling, tyro.conf.arg(name="")] = Tiling(),  # noqa: B008
+    components: int = 0,
+    half: bool = False,
 ) -> None:
-    """Write one embedding per picture to a Parquet file.
+    """Write one embedding per picture to a Parquet file, or one per tile of a scene to a GeoTIFF.
 
     Args:
         checkpoint: see `evaluate`.
-        data: folder of pictures, tar shards, samples/fashion.
-        out: file that ends in .parquet.
+        data: folder of pictures, tar shards, samples/fashion; or a scene, a GeoTIFF or a folder of its bands.
+        out: file that ends in .parquet, or in .tif for a scene. A map that was interrupted goes on by the same command.
         subnet: w64_d2 ... of an elastic backbone.
         batch: pictures per forward pass.
         workers: processes that read pictures.
+        scene: for maps only.
+        components: of maps, keep so many principal components; 0 keeps all numbers.
+        half: of maps, store 16 bits a number.
     """
     at_least(1, batch=batch)
-    at_least(0, workers=workers)
+    at_least(0, workers=workers, components=components)
     from okavango import verbs
 
-    verbs.embed(checkpoint, data, out, subnet=subnet, batch=batch, workers=workers, say=say)
+    passes: dict[str, Any] = {"batch": batch, "workers": workers, "components": components, "half": half}
+    verbs.embed(checkpoint, data, out, subnet=subnet, say=say, **passes, **_whole(scene))
 
 
-def predict(checkpoint: Positional[str], data: Positional[str], top: int = 1, batch: int = 256) -> None:
-    """Classify pictures with a fine-tuned checkpoint.
+def predict(
+    checkpoint: Positional[str],
+    data: Positional[str],
+    out: Path | None = None,
+    top: int = 1,
+    batch: int = 64,
+    scene: Annotated[Tiling, tyro.conf.arg(name="")] = Tiling(),  # noqa: B008
+) -> None:
+    """Classify pictures, or the tiles of a scene, with a fine-tuned checkpoint.
 
     Args:
         checkpoint: folder that `okavango finetune` exported.
-        data: folder of pictures.
+        data: folder of pictures; or a scene, a GeoTIFF or a folder of its bands.
+        out: of a scene, the map to write, a file that ends in .tif.
         top: classes per picture.
         batch: pictures per forward pass.
+        scene: for maps only.
     """
     at_least(1, top=top, batch=batch)
     from okavango import verbs
 
-    verbs.predict(checkpoint, data, top=top, batch=batch, say=say)
+    verbs.predict(checkpoint, data, out=out, top=top, batch=batch, say=say, **_whole(scene))
 
 
 def explain(
@@ -270,7 +316,7 @@ def preprocess_check(
     Nothing is changed. The exit status is 1 when something is wrong.
 
     Args:
-        checkpoint: see `evaluate`.
+        checkpoint: see `evaluate`; or a contract alone, such as ssl4eo_s12_s2 (docs/remote_sensing.md).
         data: folder of pictures or rasters, tar shards, samples/fashion; with a folder per class, accuracies are measured too.
         out: folder for a page with histograms and pictures, and a report in JSON.
         suggestion: JSON file to write, the contract with what is suggested.

@@ -18,15 +18,17 @@ from torch import nn
 
 from okavango.data.loading import derive
 from okavango.data.places import Places, find_places
-from okavango.data.sources import ImageFolder, Part, Source, cached, open_source
+from okavango.data.sources import Part, Source, cached, open_source
 from okavango.downstream.classification.features import Embedded, extract_features, raw_pixels
 from okavango.downstream.classification.head import Classifier
 from okavango.downstream.classification.protocols import SWEEPS, FittedSweep, Outcome, evaluate_features, fit, fit_sweep, resolve
 from okavango.models.backbone import ArgumentError, Backbone, Elastic, create_model, latency, unknown_name
 from okavango.models.features import Subnet
+from okavango.models.raster import Bands
 from okavango.pretrain import loop
 from okavango.pretrain.settings import Recipe
 from okavango.recipes import named
+from okavango.scenes import Cut, classify_scene, embed_scene
 from okavango.zoo.checkpoint import file_sha256
 from okavango.zoo.hub import load
 from okavango.zoo.hub import resolve as resolve_checkpoint
@@ -35,6 +37,7 @@ from okavango.zoo.loading import load_weights
 
 Say = Callable[[str], None]
 Embed = Callable[[Source], Embedded]
+SCENE = (".tif", ".tiff")  # endings of maps
 Sweep = Callable[[Source, str, int], FittedSweep]
 
 
@@ -208,7 +211,7 @@ def train_and_test(data: str | Source, train: str | Source | None = None) -> tup
             return open_source("samples/fashion:train"), open_source("samples/fashion:test" if data == "samples/fashion" else data)
         for name in ("test", "val", "valid", "validation"):
             if (Path(data) / name).is_dir() and (Path(data) / "train").is_dir():
-                return ImageFolder(Path(data) / "train"), ImageFolder(Path(data) / name)
+                return open_source(Path(data) / "train"), open_source(Path(data) / name)
         if not Path(data).exists() and "*" not in data and ":" not in data:
             raise ValueError(f"{data}: no such file or folder")
     raise ValueError(f"{data}: needs a training and a test part: a folder with train/ and test/ in it, or give --train as well")
@@ -258,6 +261,8 @@ def evaluate(
     passes: dict[str, Any] = {"batch": batch, "workers": workers, "say": say}
     jobs: Iterable[tuple[Embed, dict[str, Any]]]
     if checkpoint == "raw-pixels":
+        if isinstance(test_source[0]["image"], Bands):
+            raise ValueError(f"raw-pixels measures pictures, and {test_source.name} holds rasters of bands")
         jobs = [raw_pixels_job(tuple(test_source[0]["image"].shape[-2:]))]
     elif isinstance(checkpoint, str):
         model, sha256 = open_model(checkpoint)
@@ -458,20 +463,38 @@ def embed(
     out: str | os.PathLike,
     *,
     subnet: str = "",
-    batch: int = 256,
+    batch: int = 64,
     workers: int = 0,
+    cut: Cut | None = None,
+    components: int = 0,
+    half: bool = False,
+    allow: Mapping[str, str] | None = None,
     say: Say = print,
 ) -> Path:
-    """Write one row per picture, ``id``, ``label`` (null where unknown) and ``embedding`` (float32 list), as Parquet.
+    """Embed a collection of pictures into a Parquet file, or the tiles of one scene into a GeoTIFF.
 
-    The file's metadata name the model and the source. The file appears only when it is complete.
+    A Parquet file gets one row per picture, ``id``, ``label`` (null where unknown) and ``embedding`` (float32 list); its metadata
+    name the model and the source. A GeoTIFF gets one pixel per tile, see `okavango.scenes.embed_scene`. Either appears only when it
+    is complete.
+
+    Args:
+        data: pictures, see `open_source`; or a scene, see `okavango.data.geotiff.Scene`.
+        out: a name that ends in .parquet or .tif, which decides.
+        cut, components, half, allow: of scenes only.
     """
+    out = Path(out)
+    if out.suffix in SCENE:
+        model = open_model(checkpoint)[0] if isinstance(checkpoint, str) else checkpoint
+        (chosen,) = chosen_subnets(model, [subnet] if subnet else [])
+        options: dict[str, Any] = {"cut": cut or Cut(), "components": components, "half": half, "allow": allow}
+        return embed_scene(model, cast(str, data), out, subnet=chosen, batch=batch, say=say, **options)
+    if out.suffix != ".parquet":
+        raise ValueError(f"--out {out}: expected a name that ends in .parquet, or in .tif for one scene")
+    if cut or components or half or allow:
+        raise ValueError(f"--out {out}: tiles and what goes with them are for one scene, whose --out ends in .tif")
     import pyarrow as pa
     from pyarrow import parquet
 
-    out = Path(out)
-    if out.suffix != ".parquet":
-        raise ValueError(f"--out {out}: expected a name that ends in .parquet")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
     source = open_source(data)
@@ -504,15 +527,35 @@ def embed(
     return out
 
 
-def predict(checkpoint: str, data: str | Source, *, top: int = 1, batch: int = 256, say: Say = print) -> list[tuple[str, list]]:
-    """Classes of pictures by a fine-tuned checkpoint: (id, [(class, probability), ...] best first)."""
+def predict(
+    checkpoint: str,
+    data: str | Source,
+    *,
+    out: str | os.PathLike | None = None,
+    top: int = 1,
+    batch: int = 64,
+    cut: Cut | None = None,
+    allow: Mapping[str, str] | None = None,
+    say: Say = print,
+) -> list[tuple[str, list]]:
+    """Classes of pictures by a fine-tuned checkpoint: (id, [(class, probability), ...] best first).
+
+    With `out`, a name that ends in .tif, `data` is one scene, and the file gets the class of every tile; nothing is returned then.
+    See `okavango.scenes.classify_scene`.
+    """
     model = load(checkpoint, heads=heads())
     if not isinstance(model, Classifier):
         raise ValueError(f"{checkpoint} holds no classifier; fine-tune one with `okavango finetune`")
+    if out is not None:
+        classify_scene(model, cast(str, data), out, cut=cut or Cut(), batch=batch, allow=allow, say=say)
+        return []
+    if cut or allow:
+        raise ValueError("tiles and what goes with them are for one scene; name the map by --out FILE.tif")
     source, results = open_source(data), []
     for start in range(0, len(source), batch):
         samples = [source[i] for i in range(start, min(start + batch, len(source)))]
-        probabilities = model.predict(model.preprocess(image=[sample["image"] for sample in samples]))
+        images: Any = [sample["image"] for sample in samples]
+        probabilities = model.predict(model.preprocess(**{model.modality: images}))
         values, classes = probabilities.topk(min(top, probabilities.shape[1]))
         for sample, row, picks in zip(samples, values.tolist(), classes.tolist(), strict=True):
             best = [(model.classes[k], p) for k, p in zip(picks, row, strict=True)]

@@ -39,7 +39,7 @@ positive = st.floats(0.125, 1e3, width=32)
 word = st.text("abcdefgh-0123", min_size=1, max_size=8)
 resizes = st.builds(
     Resize,
-    rule=st.sampled_from(["exact", "shortest", "pad", "crop", "none"]),
+    rule=st.sampled_from(["exact", "shortest", "pad", "crop", "short_side", "none"]),
     interpolation=st.sampled_from(["nearest", "bilinear", "bicubic", "area", "lanczos"]),
     antialias=st.booleans(),
     corners=st.sampled_from(["half_pixel", "aligned"]),
@@ -52,7 +52,7 @@ resizes = st.builds(
 
 @st.composite
 def normalises(draw, channels: int):
-    rule = draw(st.sampled_from(["standard", "minmax", "stretch", "percentile", "zscore", "zscore_nonzero", "none"]))
+    rule = draw(st.sampled_from(["standard", "minmax", "stretch", "percentile", "zscore", "zscore_nonzero", "deviations", "none"]))
     each = st.tuples(*[number] * channels)
     values = {}
     if rule == "standard" or (rule in ("stretch", "percentile") and draw(st.booleans())):
@@ -106,6 +106,9 @@ def specs(draw):
         valid=draw(st.none() | st.tuples(number, number)),
         nodata=draw(st.none() | number),
         absent=draw(st.none() | number),
+        absent_on=draw(st.sampled_from(["normalised", "native"])),
+        nearest_nm=draw(positive),
+        adapted=draw(word),
         resolution=draw(st.none() | positive),
         **common,
     )
@@ -350,8 +353,8 @@ def test_black_floats_and_other_scales_are_not_suspected():
 def test_unknown_modality_and_kinds_without_a_reader():
     with pytest.raises(PreprocessError, match="unknown modality 'picture': this checkpoint takes image"):
         plain()(picture=GOOD)
-    preprocess = Preprocess(r=Raster(channels=("B02",)), v=Volume(channels=("t1",)), t=Text(tokenizer="x/y"))
-    for name, kind in (("r", "Raster"), ("v", "Volume"), ("t", "Text")):
+    preprocess = Preprocess(v=Volume(channels=("t1",)), t=Text(tokenizer="x/y"))
+    for name, kind in (("v", "Volume"), ("t", "Text")):
         with pytest.raises(PreprocessError, match=f"'{name}': no reader for {kind}"):
             preprocess(**{name: GOOD})
 

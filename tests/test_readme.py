@@ -61,7 +61,7 @@ def help_of(words: list[str]) -> str:
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_and_their_options_exist(line):
     words = shlex.split(line, comments=True)[1:]
-    levels = 2 if words[0] in ("pretrain", "finetune", "index", "zoo", "leaderboard") else 1
+    levels = 2 if words[0] in ("pretrain", "finetune", "index", "zoo", "leaderboard", "preprocess") else 1
     flags = [word for word in words if word.startswith("--")]
     if words[:2] == ["zoo", "list"]:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,6 +15,8 @@ from PIL import Image as Pillow
 
 from okavango.models import wrapped
 from okavango.models.backbone import ArgumentError, create_model
+from okavango.models.channels import adapt_channels
+from okavango.models.expectations import imagenet
 from okavango.models.features import Subnet
 from okavango.models.lora import merge_lora
 from okavango.models.preprocess import Preprocess
@@ -165,6 +168,18 @@ def test_open_clip_takes_another_size(tiny_clip):
         model = create_model(f"open_clip/{name}", image_size=96)
         assert model.preprocess["image"].size == (96, 96)
         assert model(image=torch.randn(1, 3, 96, 96)).pooled.shape == (1, 48)
+
+
+def test_open_clip_takes_other_bands(tiny_clip):
+    spec = imagenet("so2sat_random", ("B02", "B03", "B04", "B08")).array()
+    for name in tiny_clip:
+        model = create_model(f"open_clip/{name}")
+        size = model.preprocess["image"].size
+        wide = adapt_channels(model, dataclasses.replace(spec, size=size), "average")
+        images = torch.randn(2, 3, *size)
+        grey, four = (images.mean(1, keepdim=True).expand(-1, count, -1, -1) for count in (3, 4))  # only the sum of filters counts
+        with torch.no_grad():
+            torch.testing.assert_close(wide(image=four).pooled, model(image=grey).pooled, rtol=1e-3, atol=1e-4)
 
 
 # -- preprocess -------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Where pictures come from: folders, WebDataset shards, arrays, Hugging Face datasets. Map-style, picklable, never shuffled.
 
-A source answers `source[i]` with ``{"image": uint8 (C, H, W), "label": int, "id": str}``. What cannot be read raises `BadSample`,
-so that a loader can replace and count it.
+A source answers `source[i]` with ``{"image": uint8 (C, H, W), "label": int, "id": str}``; of GeoTIFF patches, the image is `Bands`.
+What cannot be read raises `BadSample`, so that a loader can replace and count it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from okavango.data.geotiff import Alike, GeoError, sidecar
+from okavango.models.raster import Bands
 
 try:  # deprecated since torchvision 0.29 and to be removed; up to twice as fast as PIL, which does all of it otherwise
     from torchvision.io import ImageReadMode, decode_image
@@ -73,7 +76,8 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample ``{"image": uint8 (C, H, W) of 1 or 3 channels, "id": str}``, with "label": int where it is known.
+        """The sample ``{"image": uint8 (C, H, W) of 1 or 3 channels, "id": str}``, with "label": int where it is known. Of rasters,
+        the image is `okavango.models.raster.Bands`.
 
         Raises:
             BadSample: the sample cannot be read.
@@ -86,9 +90,10 @@ def open_source(spec: str | os.PathLike | Source, *, max_side: int | None = None
 
     Args:
         spec: a source (returned as it is), a `datasets.Dataset`, or a place: a folder of pictures, flat or with a folder per
-            class; a folder, pattern (``"train-{000..127}.tar"``, ``"*.tar"``) or file of WebDataset shards; a folder written by
-            `datasets.save_to_disk`; ``samples/fashion`` or ``samples/fashion:test`` for a sample that ships with the package;
-            ``NAME:REST`` for a source that another package offers by the entry point ``okavango.data``.
+            class; the same of GeoTIFF patches (see `Patches`); a folder, pattern (``"train-{000..127}.tar"``, ``"*.tar"``) or file
+            of WebDataset shards; a folder written by `datasets.save_to_disk`; ``samples/fashion`` or ``samples/fashion:test`` for
+            a sample that ships with the package; ``NAME:REST`` for a source that another package offers by the entry point
+            ``okavango.data``.
         max_side: pictures with a longer side are shrunk to it while they are decoded (sources that read files only).
     Raises:
         ValueError: nothing there, or nothing that can be read; the message says what was expected.
@@ -120,7 +125,8 @@ def open_source(spec: str | os.PathLike | Source, *, max_side: int | None = None
         return HuggingFace(path, max_side=max_side)
     if any(name.endswith(".tar") for name in names):
         return Shards(path, max_side=max_side)
-    return ImageFolder(path, max_side=max_side)
+    folder = ImageFolder(path, max_side=max_side)
+    return Patches(folder) if sidecar(path) or sidecar(path.resolve().parent) or not _is_picture(path / folder.ids[0]) else folder
 
 
 def _shipped(text: str) -> Source:
@@ -161,7 +167,7 @@ class _Manifest:
             hasher.update(f"{id}\t{size}\t{label}\n".encode("utf-8", "surrogateescape"))
         return hasher.hexdigest()
 
-    def _image(self, index: int) -> Tensor:
+    def _image(self, index: int) -> Tensor | Bands:
         raise NotImplementedError
 
     def _sizes(self) -> Iterable[object]:
@@ -201,6 +207,35 @@ class ImageFolder(_Manifest):
         for id in self.ids:
             path = self.root / id
             yield path.stat().st_size if path.exists() else "missing"
+
+
+class Patches(_Manifest):
+    """The GeoTIFFs below a folder, in the order and with the classes of `ImageFolder`; each sample is a `Bands`.
+
+    What the bands are is said by a ``bands.json`` in the folder or the one above (see `okavango.data.geotiff`), else by the tags of
+    the first file. All files are like the first one.
+
+    Args:
+        folder: what was found.
+        **given: see `okavango.data.geotiff.Scene`; goes before bands.json.
+    Raises:
+        GeoError: the first file cannot be read, or bands.json says what there is not.
+    """
+
+    def __init__(self, folder: ImageFolder, **given: Any):
+        self.root, self.name, self.ids = folder.root, folder.name, folder.ids
+        self.classes, self.labels, self.folder = folder.classes, folder.labels, folder
+        said = sidecar(self.root) or sidecar(self.root.resolve().parent)
+        self.read = Alike(self.root / self.ids[0], **{**said, **given})
+
+    def _image(self, index: int) -> Bands:
+        try:
+            return self.read(self.root / self.ids[index])
+        except GeoError as error:
+            raise BadSample(self.ids[index], str(error).removeprefix(f"{self.root / self.ids[index]}: ")) from None
+
+    def _sizes(self) -> Iterable[object]:
+        return self.folder._sizes()
 
 
 class Shards(_Manifest):
@@ -446,6 +481,17 @@ class _Numbers(Sequence[str]):
         return str(index)
 
 
+def _is_picture(path: Path) -> bool:
+    """False for a TIFF that holds something else: more channels than a picture has, or floating-point values."""
+    if not path.name.lower().endswith((".tif", ".tiff")):
+        return True
+    try:
+        with Image.open(path) as picture:
+            return picture.mode != "F"
+    except Exception:  # whatever is wrong with it, reading it as a raster will say so
+        return False
+
+
 def _pictures(root: Path) -> Iterator[str]:
     """Relative paths, with forward slashes, of all pictures below a folder; links are followed, each folder is read once."""
     seen = set()
@@ -596,7 +642,8 @@ class _Cached:
         if index in self.samples:
             return self.samples[index]
         sample = self.source[index]
-        size = sample["image"].numel()
+        image = sample["image"]
+        size = np.asarray(image.values).nbytes if isinstance(image, Bands) else image.numel()
         if size <= self.left:
             self.left -= size
             self.samples[index] = sample

@@ -25,6 +25,7 @@ PERCENTILES = (0.1, 1.0, 2.0, 5.0, 25.0, 50.0, 75.0, 95.0, 98.0, 99.0, 99.9)
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 _BINS = 2**16
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class StatisticsError(ValueError):
@@ -37,7 +38,7 @@ class Statistics:
 
     Attributes:
         channels: names; all the tuples below have one entry for each.
-        count: valid cells; missing: cells that a mask hid or that are not finite.
+        count: valid cells; missing: cells that a mask hid, and those that are not finite or beyond float32.
         mean, std: of the valid cells; the deviation divides by their number.
         low, high: the smallest and greatest valid value; at_low, at_high: how many valid cells hold exactly these.
         percentiles: one tuple per channel, at the shares of `PERCENTILES`, right to 0.8 % of the value.
@@ -150,7 +151,7 @@ class Streaming:
         """Add a sample.
 
         Args:
-            values: (C, ...) numbers of any type; those that are not finite count as missing.
+            values: (C, ...) numbers of any type; what is not finite, or beyond float32, counts as missing.
             mask: bool (C, ...) or without the C, True where a value counts; None for everywhere.
         Raises:
             StatisticsError: another number of channels, or a mask of another shape.
@@ -165,7 +166,7 @@ class Streaming:
         self.samples += 1
         for channel, (cells, shown) in enumerate(zip(values, valid, strict=True)):
             cells = np.asarray(cells, np.float64).ravel()
-            kept = cells[shown.ravel() & np.isfinite(cells)]
+            kept = cells[shown.ravel() & (np.abs(cells) <= _LARGEST)]
             self.missing[channel] += cells.size - kept.size
             if not kept.size:
                 continue
@@ -173,7 +174,8 @@ class Streaming:
             self._add(channel, kept.size, mean, np.square(kept - mean).sum())
             low, high = kept.min(), kept.max()
             self._ends(channel, low, int((kept == low).sum()), high, int((kept == high).sum()))
-            self.histogram[channel] += np.bincount(_bins(kept), minlength=_BINS)
+            bins, cells = np.unique(_bins(kept), return_counts=True)
+            self.histogram[channel, bins] += cells
         return self
 
     def merge(self, other: Streaming) -> Streaming:
@@ -226,9 +228,8 @@ class Streaming:
         """Values, rising, and the number of cells below each; straight in between."""
         order = _ORDER[self.histogram[channel][_ORDER] > 0]
         counts = self.histogram[channel][order]
-        low, high = np.maximum(_FLOOR[order], self.low[channel]), np.minimum(_CEIL[order], self.high[channel])
         ends = counts.cumsum()
-        return np.stack([low, np.maximum(low, high)], 1).ravel(), np.stack([ends - counts, ends], 1).ravel().astype(float)
+        return np.stack([_FLOOR[order], _CEIL[order]], 1).ravel(), np.stack([ends - counts, ends], 1).ravel().astype(float)
 
     def finish(self, *, units: str = "stored", source: str = "", digest: str = "") -> Statistics:
         """The result so far; channels without a valid cell have nan."""
@@ -239,6 +240,7 @@ class Streaming:
                 continue
             values, below = self._cumulative(channel)
             wanted = np.interp(np.array(PERCENTILES) / 100 * count, below, values)
+            wanted[np.abs(wanted) < 1.2e-38] = 0.0  # inside of the bin of 0
             percentiles.append(tuple(map(float, wanted.clip(self.low[channel], self.high[channel]))))
         empty = self.count == 0
         std = np.sqrt(self.squares / np.maximum(self.count, 1))
@@ -331,9 +333,8 @@ def check_one_split(source: Source) -> None:
 
 
 def _bins(values: np.ndarray) -> np.ndarray:
-    """Number of the bfloat16 at or below (towards zero) each finite value."""
-    limit = np.finfo(np.float32).max
-    near = values.clip(-limit, limit).astype(np.float32)
+    """Number of the bfloat16 at each value, or next to it towards zero."""
+    near = values.astype(np.float32) + np.float32(0)  # -0 becomes 0
     # rounding to float32 must not carry a value over an edge of its bin
     near = np.where(np.abs(near.astype(np.float64)) > np.abs(values), np.nextafter(near, np.float32(0)), near)
     return (near.view(np.uint32) >> 16).astype(np.int64)

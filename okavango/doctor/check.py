@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from okavango.data import statistics
-from okavango.data.sources import Source
+from okavango.data.sources import Source, cached
 from okavango.data.statistics import Statistics
-from okavango.doctor.checks import Finding, examine
+from okavango.doctor.checks import Finding, Severity, examine
 from okavango.doctor.seen import Seen, chosen, look, steps
 from okavango.doctor.trials import NEIGHBOURS, Candidate, Trial, compare
 from okavango.downstream.classification.features import image_modality
+from okavango.models import expectations
 from okavango.models.backbone import Backbone
 from okavango.models.preprocess import Preprocess, Raster, Resize
 from okavango.verbs import Say, open_model, training_part
@@ -71,6 +72,8 @@ class Report:
             lines += ["", f"{finding.severity}: {finding.check}", f"  {finding.sentence}"]
             lines += [f"  suggested: {finding.change}"] * bool(finding.change)
             lines += [f"  measured: {measured(trial)}" for trial in [self.trial(finding)] if trial]
+        if self.described:
+            lines += ["", f"what the data should say of themselves (bands.json): {json.dumps(self.described)}"]
         lines += ["", f"accuracy of the {NEIGHBOURS} nearest, leaving one out, with 95 % intervals"]
         if not self.trials:
             return "\n".join([*lines[:-1], f"not measured: {self.unmeasured}"])
@@ -129,7 +132,8 @@ def preprocess_check(
     suggestion is measured: k-NN accuracy on the same samples, leaving one out, with paired bootstrap intervals.
 
     Args:
-        checkpoint: anything `ok.load` takes, a backbone, or a contract alone.
+        checkpoint: anything `ok.load` takes, a backbone, or a contract alone: a `Preprocess`, or the name of one of
+            `okavango.models.expectations.CHECKPOINTS`, such as ``ssl4eo_s12_s2`` or ``seco:torchgeo``.
         data: folder of pictures or rasters, shards, ``samples/fashion`` or a source; of a folder with train and test, the former.
         out: folder that gets ``index.html`` and ``report.json``.
         suggestion: file that gets the suggested contract as JSON.
@@ -144,9 +148,11 @@ def preprocess_check(
     """
     model, preprocess, name = _opened(checkpoint)
     modality = image_modality(preprocess)
-    source = training_part(data)
+    source = cached(training_part(data))  # each candidate reads the samples again
     statistics.check_one_split(source)
     known = _reference(reference, preprocess, modality)
+    if known is not None and known.digest == source.digest:
+        raise ValueError(f"the reference is of {source.name} itself, so nothing could differ from it; take the training set's")
     indices = chosen(source, samples)
     seen = look(source, preprocess, modality, indices, split=statistics.split_of(source.name), reference=known)
     findings = examine(seen)
@@ -199,7 +205,7 @@ def candidates(seen: Seen, findings: Sequence[Finding]) -> list[Candidate]:
         return found  # comparisons of a contract that does not fit say nothing
     if seen.own_rule is not None and not any(each.check == "fit" for each in helped):
         found.append(Candidate(OWN, contract.replace(modality, normalise=seen.own_rule), {}))
-    if len(seen.sizes) == 1 and seen.size != tuple(spec.size[-2:]) and spec.resize.rule != "none":
+    if len(seen.sizes) == 1 and seen.size != spec.size and spec.resize.rule != "none":
         plain = contract.replace(modality, resize=Resize(rule="none"), size=seen.size)
         found.append(Candidate(f"{NATIVE}, {seen.size[0]}x{seen.size[1]}", plain, {}))
     return found
@@ -216,7 +222,7 @@ def weighed(findings: Sequence[Finding], trials: Sequence[Trial]) -> list[Findin
         if trial and trial.better:
             finding = dataclasses.replace(finding, severity="wrong")
         elif trial and trial.worse:
-            milder = "look" if finding.severity == "wrong" else "ok"
+            milder: Severity = "look" if finding.severity == "wrong" else "ok"
             sentence = f"{finding.sentence} But measured on the labels, the contract as it stands is better."
             finding = dataclasses.replace(finding, severity=milder, sentence=sentence)
         found.append(finding)
@@ -268,6 +274,9 @@ def preprocess_statistics(
 def _opened(checkpoint: str | Backbone | Preprocess) -> tuple[Backbone | None, Preprocess, str]:
     if isinstance(checkpoint, Preprocess):
         return None, checkpoint, "this contract"
+    name, _, variant = checkpoint.partition(":") if isinstance(checkpoint, str) else ("", "", "")
+    if name in expectations.CHECKPOINTS and not Path(name).exists():
+        return None, expectations.checkpoint(name, variant), str(checkpoint)
     model = open_model(checkpoint)[0] if isinstance(checkpoint, str) else checkpoint
     return model, model.preprocess, checkpoint if isinstance(checkpoint, str) else model.architecture
 

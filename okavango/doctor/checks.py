@@ -5,7 +5,7 @@ A check looks at numbers only. Where there are labels, `okavango.doctor.trials` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from okavango.doctor.seen import Seen, typical
+from okavango.models.band_statistics import STATISTICS
 from okavango.models.preprocess import Image, Normalise, PreprocessError, Raster
 from okavango.models.raster import SWITCHES, UNITS, as_expected, plan
 from okavango.models.sensors import HARMONISED, baseline_offset, sensor_name
@@ -29,7 +30,6 @@ MARKS = (-999.0, -9999.0, -99999.0, -32767.0, -32768.0)  # for missing values; n
 FACTORS = {
     255.0: "they are 0..1 already, not 0..255",
     1 / 255: "they are 0..255, not 0..1",
-    257.0: "they have been divided by 65535 instead of 255",
     1 / 257: "they are 16-bit numbers, not 8-bit ones",
     16.0: "they are 12-bit numbers in files of 16 bits",
     1 / 16: "they are 12-bit numbers, not 8-bit ones",
@@ -119,12 +119,17 @@ def mixed(seen: Seen) -> Iterator[Finding]:
 
 
 def not_finite(seen: Seen) -> Iterator[Finding]:
-    """NaN and infinity, which spread over the whole output of a network."""
+    """NaN and infinity in pictures, which spread over the whole output of a network; rasters of which little was measured."""
     missing, count = sum(seen.stored.missing), sum(seen.stored.count)
-    if missing:
-        share = missing / (missing + count)
-        sentence = f"{_percent(share)} of the values are not finite (NaN or infinite); fill them or mark them before they are used."
+    share = missing / max(1, missing + count)
+    if share and isinstance(seen.spec, Image):
+        sentence = f"{_percent(share)} of the values are no numbers (NaN, infinite, beyond 3e38); fill or mark them before."
         yield Finding("not finite", "wrong", sentence, {"share": share})
+    elif share > 0.5:
+        sentence = (
+            f"{_percent(share)} of the cells were not measured: what the network sees there is filled in. Leave such tiles out."
+        )
+        yield Finding("not measured", "look", sentence, {"share": share})
 
 
 def constant(seen: Seen) -> Iterator[Finding]:
@@ -138,6 +143,8 @@ def constant(seen: Seen) -> Iterator[Finding]:
 
 def already_normalised(seen: Seen) -> Iterator[Finding]:
     """Stored values around 0 with a deviation around 1, which the contract would normalise again."""
+    if seen.spec.normalise.rule == "none" and seen.spec.scale in (1.0, (1.0,)):
+        return
     low, means, stds = seen.stored.percentile(5.0), np.asarray(seen.stored.mean), np.asarray(seen.stored.std)
     if np.mean(low < -0.3) <= 0.5 or np.any(np.abs(means) >= 2) or np.any(stds >= 3) or np.mean(stds) <= 0.2:
         return
@@ -161,7 +168,8 @@ def scale(seen: Seen) -> Iterator[Finding]:
     now, high = _misfit(seen), np.max(seen.values.high)
     # pictures end at 1, or at 255: the lamps of dark pictures must not be multiplied beyond that
     top = np.inf if not isinstance(seen.spec, Image) else 1.05 if np.max(seen.expected[0]) < 1.5 else 268.0
-    fits = {factor: _misfit(seen, factor) for factor in FACTORS if high * factor <= top}
+    impossible = 1 / 255 if max(seen.stored.high) > 256 else 1 / 257  # the two are too close to be told by means
+    fits = {factor: _misfit(seen, factor) for factor in FACTORS if high * factor <= top and factor != impossible}
     factor = min(fits, key=fits.__getitem__, default=1.0)
     if now <= (FAR if seen.reference is None else FAR_OF_REFERENCE) or not fits or fits[factor] >= min(2.0, now / 4):
         return
@@ -178,6 +186,35 @@ def scale(seen: Seen) -> Iterator[Finding]:
     elif seen.described is not None:
         data = {name: tuple(factor * number for number in getattr(seen.described, name)) for name in ("scale", "offset")}
         yield Finding("scale", "wrong", sentence, evidence, f"values times {factor:g}", data=data)
+
+
+def names(seen: Seen) -> Iterator[Finding]:
+    """Rasters whose bands nobody names: whether they would fit in the contract's order, or in another one."""
+    spec, described = seen.spec, seen.described
+    if not isinstance(spec, Raster) or described is None or not all(name.isdigit() for name in described.channels):
+        return
+    if seen.expected is None or len(described.channels) != len(spec.channels):
+        return
+    said: dict[str, Any] = {"channels": spec.channels, "sensor": spec.sensor, "level": spec.level, "baseline": HARMONISED}
+    said |= {"scale": (1.0,), "offset": (0.0,)}
+    fits: dict[str, tuple[float, list[int]]] = {}
+    for unit in (described.units,) if described.units else UNITS:
+        other = seen.under(**said, units=unit)
+        if other.values is not None:
+            mean, std = _moments(other)
+            order = better_order(mean, std, *seen.expected, 0.5, _usual_orders(spec, range(len(mean))))[0]
+            fits[unit] = misfit(mean[order], std[order], seen.expected), order
+    unit = min(fits, key=lambda unit: fits[unit][0], default="")
+    if not unit or fits[unit][0] >= 2.0:
+        return
+    distance, order = fits[unit]
+    called = tuple(spec.channels[order.index(k)] for k in range(len(order)))
+    sentence = (
+        f"Nobody says which band is which. As {_UNITS[unit]} of {spec.sensor or 'this sensor'} in the order {', '.join(called)} "
+        "they fit what the contract expects. If that is what they are, say so in a bands.json beside them."
+    )
+    data = {name: value for name, value in {**said, "channels": called, "units": unit}.items() if value}
+    yield Finding("names", "wrong", sentence, {"misfit_then": distance}, f"{unit}, {' '.join(called)}", data=data)
 
 
 def units(seen: Seen) -> Iterator[Finding]:
@@ -282,7 +319,7 @@ def inverted(seen: Seen) -> Iterator[Finding]:
     now, then = _misfit(seen), misfit(flipped, np.asarray(seen.values.std), seen.expected)
     bright = float(np.mean((np.asarray(seen.values.mean) - seen.expected[0]) / seen.expected[1]))
     by_reference = seen.reference is not None and now > OFF_OF_REFERENCE and then < now / 4
-    if not by_reference and not (bright > 0.9 and then < now - 0.25):
+    if not by_reference and not (bright > 0.9 and then < min(now - 0.25, OFF)):
         return
     sentence = (
         f"The pictures are {'brighter' if bright > 0 else 'darker'} than the contract expects, by {abs(bright):.1f} deviations, "
@@ -337,8 +374,10 @@ def channel_order(seen: Seen) -> Iterator[Finding]:
     spec = seen.spec
     if seen.values is None or seen.expected is None or len(spec.channels) < 2:
         return
-    limit = 0.15 if isinstance(spec, Image) else 1.0
-    order, gain = better_order(np.asarray(seen.values.mean), np.asarray(seen.values.std), *seen.expected, limit)
+    limit = 0.15 if isinstance(spec, Image) else 0.5
+    taken = places(seen)
+    usual = _usual_orders(spec, taken) if isinstance(spec, Raster) else []
+    order, gain = better_order(*_moments(seen), *seen.expected, limit, usual)
     if gain < limit:
         return
     moved = [k for k, other in enumerate(order) if k != other]
@@ -352,7 +391,6 @@ def channel_order(seen: Seen) -> Iterator[Finding]:
         severity: Severity = "look" if seen.reference is None else "wrong"  # colours differ from collection to collection
         yield Finding("channel order", severity, sentence, evidence, " ".join(names), {"channels": tuple(names)})
     elif seen.described is not None:
-        taken = places(seen)
         called = list(seen.described.channels)
         for place, other in enumerate(order):
             here, there = taken[place], taken[other]
@@ -363,16 +401,24 @@ def channel_order(seen: Seen) -> Iterator[Finding]:
 
 
 def better_order(
-    mean: np.ndarray, std: np.ndarray, wanted_mean: np.ndarray, wanted_std: np.ndarray, limit: float
+    mean: np.ndarray,
+    std: np.ndarray,
+    wanted_mean: np.ndarray,
+    wanted_std: np.ndarray,
+    limit: float,
+    usual: Sequence[Sequence[int]] = (),
 ) -> tuple[list[int], float]:
     """Which channel fits each place best, moving as few as possible.
 
-    The best assignment of channels to places is taken apart into its cycles, and only those that gain at least `limit` are kept:
-    two neighbouring bands that are almost equal do not change places.
+    Of the best assignment of channels to places, cycles are kept that gain at least `limit` and leave no more than a third of their
+    misfit: data of another kind fit nowhere, and that is no matter of the order. Then whatever can go back to its own place at a
+    cost below `limit` does, for neighbouring bands are almost equal. An order in which files are known to lie goes before one that
+    nobody uses, if it explains most of it.
 
     Args:
         mean, std: of the channels (C,); wanted_mean, wanted_std: of the places (C,).
-        limit: smallest gain of a cycle, in squared deviations.
+        limit: smallest gain that counts, in squared deviations.
+        usual: orders in which files are known to lie.
     Returns:
         order (order[place] is the channel that fits it), and the gain.
     """
@@ -380,19 +426,42 @@ def better_order(
     cost += np.square(np.log((std[:, None] / wanted_std).clip(1e-4)))
     channels, places = linear_sum_assignment(cost)
     best = dict(zip(places.tolist(), channels.tolist(), strict=True))
-    order, gain, seen = list(range(len(mean))), 0.0, set()
+    order, seen = list(range(len(mean))), set()
     for start in range(len(mean)):
         cycle, place = [], start
         while place not in seen:
             seen.add(place)
             cycle.append(place)
             place = best[place]
-        better = sum(cost[place, place] - cost[best[place], place] for place in cycle)
-        if better >= limit:
-            gain += float(better)
+        now, then = (sum(cost[other[place], place] for place in cycle) for other in (order, best))
+        if now - then >= limit and then <= now / 3:
             for place in cycle:
                 order[place] = best[place]
-    return order, gain
+    for place in range(len(order)):
+        home = order.index(place)
+        back = cost[place, place] + cost[order[place], home] - cost[order[place], place] - cost[place, home]
+        if home != place and back < limit:
+            order[place], order[home] = place, order[place]
+
+    def gain(order: Sequence[int]) -> float:
+        return float(sum(cost[place, place] - cost[channel, place] for place, channel in enumerate(order)))
+
+    known = max(usual, key=gain, default=order)
+    if gain(order) >= limit and gain(known) >= 0.8 * gain(order):
+        order = list(known)
+    return order, gain(order)
+
+
+def _usual_orders(spec: Raster, taken: Sequence[int | None]) -> list[list[int]]:
+    """Orders in which the files of published data sets lie, as `better_order` gives them.
+
+    Args:
+        taken: for each place of the network, the number of the data's channel that is taken for it.
+    """
+    if sorted(-1 if number is None else number for number in taken) != list(range(len(spec.channels))):
+        return []  # the data have other channels besides
+    files = {table.channels for table in STATISTICS.values() if set(table.channels) == set(spec.channels)} - {spec.channels}
+    return [[taken.index(file.index(name)) for name in spec.channels] for file in sorted(files)]
 
 
 def level(seen: Seen) -> Iterator[Finding]:
@@ -434,7 +503,7 @@ def resolution(seen: Seen) -> Iterator[Finding]:
 def size(seen: Seen) -> Iterator[Finding]:
     """The size of the data against the one that the network was trained on, and what is lost on the way."""
     spec, rule = seen.spec, seen.spec.resize
-    (height, width), (tall, wide) = seen.size, spec.size[-2:]
+    (height, width), (tall, wide) = seen.size, spec.size
     factor, aspect = min(height / tall, width / wide), (height / width) / (tall / wide)
     stretch, whole = max(aspect, 1 / aspect), {"resize": replace(rule, rule="shortest")}
     numbers = {"native": f"{height}x{width}", "trained": f"{tall}x{wide}", "factor": factor}
@@ -470,7 +539,7 @@ def size(seen: Seen) -> Iterator[Finding]:
 CHECKS: tuple[Check, ...] = (refused, unreadable, mixed, not_finite, constant, empty, saturated, resolution, size)
 
 #: What may be behind values that do not fit, the simplest first; where one is found, the next ones would only follow from it.
-CAUSES: tuple[Check, ...] = (nodata, already_normalised, units, scale, offset, level, channel_order, inverted, fit)
+CAUSES: tuple[Check, ...] = (names, nodata, already_normalised, units, scale, offset, level, channel_order, inverted, fit)
 
 
 # -- numbers that several checks need ---------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def render(report: Report, out: str | os.PathLike) -> Path:
     )
     out, seen = Path(out), report.seen
     height, width = seen.size
-    changed = report.suggested != seen.preprocess or bool(report.described)
+    name, other, described = _alternative(report)
     html = environment.get_template("page.html.j2").render(
         title=f"{report.checkpoint} on {report.data}",
         verdict=report.verdict,
@@ -71,14 +71,13 @@ def render(report: Report, out: str | os.PathLike) -> Path:
         trials=_trials(report),
         neighbours=NEIGHBOURS,
         unmeasured=report.unmeasured,
-        channels=[_channel(report, place) for place in range(len(seen.spec.channels))],
+        channels=_channels(report),
         frame={"width": WIDTH, "height": HEIGHT},
-        rows=_rows(report, changed),
-        columns=["as stored", "what the network gets", *(["with what is suggested"] if changed else [])],
+        rows=_rows(report, name, other, described),
         spread=SPREAD,
-        suggestion=json.dumps(report.suggested.to_json()["specs"][seen.modality], indent=1) if changed else "",
-        described=json.dumps(report.described, indent=1) if report.described else "",
-        contract=json.dumps(seen.preprocess.to_json()["specs"][seen.modality], indent=1),
+        suggestion=_lines(report.suggested.to_json()["specs"][seen.modality]) if report.suggested != seen.preprocess else "",
+        described=_lines(report.described),
+        contract=_lines(seen.preprocess.to_json()["specs"][seen.modality]),
         provenance={
             "data": report.data,
             "digest of their manifest": seen.source.digest,
@@ -123,10 +122,27 @@ def _interval(low: float, high: float, signed: bool = False) -> str:
 # -- channels ---------------------------------------------------------------------------------------------------------------
 
 
-def _channel(report: Report, place: int) -> dict[str, Any]:
+def _channels(report: Report) -> list[dict[str, Any]]:
+    """The channels of the network; those of the data where nobody knows which goes where."""
+    seen, taken = report.seen, places(report.seen)
+    if any(source is not None for source in taken):
+        return [_channel(report, place, source) for place, source in enumerate(taken)]
+    raw, known = seen.raw[seen.kind], seen.stored
+    return [
+        {"name": f"channel {name}", "before": _stored_histogram(raw, known, k), "after": None}
+        | {"numbers": [("stored", *_numbers(known, k))]}
+        for k, name in enumerate(seen.kind)
+    ]
+
+
+def _lines(fields: dict[str, Any]) -> str:
+    """A JSON object, a field a line."""
+    return "\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+
+
+def _channel(report: Report, place: int, source: int | None) -> dict[str, Any]:
     """One channel of the network: what is stored, what arrives, as histograms and numbers."""
     seen, numbers = report.seen, []
-    source = places(seen)[place]
     before = after = None
     if source is not None:
         before = _stored_histogram(seen.raw[seen.kind], seen.stored, source)
@@ -136,10 +152,10 @@ def _channel(report: Report, place: int) -> dict[str, Any]:
     if seen.after is not None and seen.inputs is not None:
         standard = seen.spec.normalise.rule in ("standard", "zscore", "zscore_nonzero")
         after = _input_histogram(seen.after, seen.inputs, place, standard)
-        numbers.append(("network gets", *_numbers(seen.inputs, place)))
+        numbers.append(("network", *_numbers(seen.inputs, place)))
     if seen.expected is not None:
         mean, std = (f"{row[place]:.4g}" for row in seen.expected)
-        numbers.append(("expected, scaled", mean, std, "", "", ""))
+        numbers.append(("expected", mean, std, "", "", ""))
     name = seen.spec.channels[place]
     called = name if source is None or seen.kind[source] == name else f"{name}, from {seen.kind[source]}"
     return {"name": called, "before": before, "after": after, "numbers": numbers}
@@ -147,7 +163,7 @@ def _channel(report: Report, place: int) -> dict[str, Any]:
 
 def _numbers(known: Statistics, k: int) -> tuple[str, ...]:
     values = (known.mean[k], known.std[k], known.low[k], known.percentile(50.0)[k], known.high[k])
-    return tuple(f"{value:.4g}" for value in values)
+    return tuple(f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}" for value in values)
 
 
 def _stored_histogram(streaming: Streaming, known: Statistics, channel: int) -> dict[str, Any]:
@@ -163,7 +179,9 @@ def _input_histogram(streaming: Streaming, known: Statistics, channel: int, stan
     low, high = known.percentile(0.1)[channel], known.percentile(99.9)[channel]
     if not standard:
         return _histogram(streaming, channel, low, high)
-    low, high = max(-12.0, min(low, -3.5)), min(12.0, max(high, 3.5))
+    low, high = min(low, -3.5), max(high, 3.5)
+    if known.percentile(1.0)[channel] > -12 and known.percentile(99.0)[channel] < 12:
+        low, high = max(low, -12.0), min(high, 12.0)  # a long tail would leave nothing of the rest
     return _histogram(streaming, channel, low, high, bell=True)
 
 
@@ -176,10 +194,10 @@ def _histogram(streaming: Streaming, channel: int, low: float, high: float, bell
     edges = np.linspace(low, high, BINS + 1)
     shares = streaming.spread(channel, edges)
     expected = np.exp(-np.square((edges[:-1] + edges[1:]) / 2) / 2) / np.sqrt(2 * np.pi) * (edges[1] - edges[0])
-    # a peak of one bin (a background) must not flatten the rest: the second highest sets the scale, if it is far lower
+    # a background in one or two bins must not flatten the rest: the next ones set the scale, if they are far lower
     ordered = np.sort(shares)
-    top = ordered[-1] if ordered[-1] < 4 * ordered[-2] else max(1.3 * ordered[-2], 1e-9)
-    top = max(top, expected.max() if bell else 0.0, 1e-12)
+    top = max(1.3 * ordered[-4], 1.05 * expected.max() if bell else 0.0, 1e-12)
+    top = ordered[-1] if top > ordered[-1] / 3 and not (bell and top > ordered[-1]) else top
     x = np.linspace(0, WIDTH, BINS + 1)
     y = HEIGHT * (1 - np.minimum(shares / top, 1))
     points = [f"0,{HEIGHT}", *(f"{a:.1f},{b:.1f}" for k, b in enumerate(y) for a in (x[k], x[k + 1])), f"{WIDTH},{HEIGHT}"]
@@ -197,20 +215,29 @@ def _histogram(streaming: Streaming, channel: int, low: float, high: float, bell
 # -- pictures ---------------------------------------------------------------------------------------------------------------
 
 
-def _rows(report: Report, changed: bool) -> list[list[str]]:
-    """Pictures of some samples: as stored, as the network gets them, and as it would with what is suggested."""
-    seen, rows = report.seen, []
-    some = [seen.indices[k] for k in np.unique(np.linspace(0, len(seen.indices) - 1, SHOWN).round().astype(int))]
+def _alternative(report: Report) -> tuple[str, Preprocess, dict[str, Any]]:
+    """What the pictures are compared with: all that is wrong put right, or else the first suggestion; "" where there is none."""
+    seen = report.seen
+    if report.suggested != seen.preprocess or report.described:
+        return "with what is suggested", report.suggested, report.described
+    for finding in report.findings:
+        if finding.change and finding.severity == "look":
+            return f"if {finding.change}", seen.preprocess.replace(seen.modality, **finding.changes), finding.data
+    return "", seen.preprocess, {}
+
+
+def _rows(report: Report, name: str, other: Preprocess, described: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Pictures of some samples: as stored, as the network gets them, and as it would get them otherwise."""
+    seen = report.seen
+    before, after, otherwise = [], [], []
     chosen = _rgb(seen.spec.channels, seen.spec)
-    for index in some:
-        image = said_otherwise(seen.source[index]["image"], seen.data)
+    for number in np.unique(np.linspace(0, len(seen.indices) - 1, SHOWN).round().astype(int)):
+        image = said_otherwise(seen.source[seen.indices[number]]["image"], seen.data)
         names, values, _ = stored(image)
-        row = [_png(_stretched(values[_rgb(names, seen.spec)], seen.stored, names, seen))]
-        row.append(_network(seen.preprocess, seen.modality, image, chosen))
-        if changed:
-            row.append(_network(report.suggested, seen.modality, said_otherwise(image, report.described), chosen))
-        rows.append(row)
-    return rows
+        before.append(_png(_stretched(values[_rgb(names, seen.spec)], seen.stored, names, seen)))
+        after.append(_network(seen.preprocess, seen.modality, image, chosen))
+        otherwise.append(_network(other, seen.modality, said_otherwise(image, described), chosen))
+    return [("as stored", before), ("what the network gets", after), *([(name, otherwise)] if name else [])]
 
 
 def _network(preprocess: Preprocess, modality: str, image: Any, chosen: list[int]) -> str:
@@ -224,8 +251,8 @@ def _network(preprocess: Preprocess, modality: str, image: Any, chosen: list[int
     if spec.normalise.mean or spec.normalise.rule in ("zscore", "zscore_nonzero"):
         values = (values + SPREAD) / (2 * SPREAD)
     else:
-        low, high = np.nanmin(values), np.nanmax(values)
-        values = (values - low) / max(high - low, 1e-12) if high > 1 or low < 0 else values
+        low, high = np.nanpercentile(values, (2, 98))
+        values = (values - low) / max(high - low, 1e-12)
     return _png(values)
 
 

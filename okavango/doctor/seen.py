@@ -15,7 +15,7 @@ import torch
 from okavango.data.sources import BadSample, Source
 from okavango.data.statistics import Statistics, Streaming, stored
 from okavango.models.band_statistics import STATISTICS
-from okavango.models.preprocess import ArraySpec, Image, Normalise, Preprocess, PreprocessError, Raster
+from okavango.models.preprocess import Image, Normalise, Preprocess, PreprocessError, Raster
 from okavango.models.raster import SWITCHES, Bands, as_expected, plan
 from okavango.models.sensors import sensor_name
 
@@ -54,9 +54,11 @@ class Seen:
     after: Streaming | None = None
 
     @property
-    def spec(self) -> ArraySpec:
+    def spec(self) -> Image | Raster:
         """The part of the contract that the data feed."""
-        return self.preprocess.array(self.modality)
+        spec = self.preprocess[self.modality]
+        assert isinstance(spec, Image | Raster)  # `image_modality` chose it
+        return spec
 
     @property
     def kind(self) -> tuple[str, ...]:
@@ -116,7 +118,7 @@ class Seen:
         return Normalise(rule="standard", mean=self.values.mean, std=self.values.std, origin=origin)
 
 
-def expected_values(spec: ArraySpec) -> tuple[np.ndarray, np.ndarray] | None:
+def expected_values(spec: Image | Raster) -> tuple[np.ndarray, np.ndarray] | None:
     """Mean and deviation of the values of each channel that a spec is made for, as far as its normalisation tells."""
     rule, count = spec.normalise, len(spec.channels)
     if rule.rule == "standard":
@@ -124,7 +126,7 @@ def expected_values(spec: ArraySpec) -> tuple[np.ndarray, np.ndarray] | None:
     if rule.rule in ("minmax", "stretch"):
         low, high = np.asarray(rule.low), np.asarray(rule.high)
         return (low + high) / 2, (high - low) / 4
-    if rule.rule == "none" and isinstance(spec, Image):
+    if rule.rule == "none" and isinstance(spec, Image) and spec.scale != 1.0:  # scaled to 0..1
         return np.full(count, 0.5), np.full(count, 0.25)
     if rule.rule == "none" and isinstance(spec, Raster):
         return typical(spec)
@@ -170,6 +172,7 @@ def look(
         PreprocessError: none of them could be read.
     """
     seen = Seen(source, preprocess, modality, dict(data or {}), split, reference)
+    plain = _unnormalised(preprocess, modality)
     for index in map(int, indices):
         try:
             image = said_otherwise(source[index]["image"], seen.data)
@@ -186,7 +189,7 @@ def look(
         if names not in seen.raw:
             seen.raw[names] = Streaming(names, split)
         seen.raw[names].update(values, mask)
-        seen.before = _updated(seen.before, seen.spec.channels, _values(preprocess, modality, image))
+        seen.before = _updated(seen.before, seen.spec.channels, _values(plain, seen.spec, modality, image))
         try:
             seen.after = _updated(seen.after, seen.spec.channels, preprocess(**{modality: image})[modality][0])
         except PreprocessError as error:
@@ -201,16 +204,20 @@ def said_otherwise(image: Any, data: Mapping[str, Any]) -> Any:
     return dataclasses.replace(image, **data) if data and isinstance(image, Bands) else image
 
 
-def _values(preprocess: Preprocess, modality: str, image: Any) -> torch.Tensor | None:
-    """Values before the normalisation, (C, H, W), nan where nothing was measured; None where there is no way to them."""
+def _unnormalised(preprocess: Preprocess, modality: str) -> Preprocess:
+    """The contract without its normalisation; of pictures also without their scale, so that values in any range are taken."""
     spec = preprocess.array(modality)
+    if isinstance(spec, Raster):
+        absent = None if spec.absent is None else float("nan")
+        return preprocess.replace(modality, normalise=Normalise(), nodata_fill=float("nan"), absent=absent)
+    return preprocess.replace(modality, scale=1.0, offset=0.0, normalise=Normalise())
+
+
+def _values(plain: Preprocess, spec: Image | Raster, modality: str, image: Any) -> torch.Tensor | None:
+    """Values before the normalisation, (C, H, W), nan where nothing was measured; None where there is no way to them."""
     try:
         if isinstance(spec, Raster):
-            absent = None if spec.absent is None else float("nan")
-            plain = preprocess.replace(modality, normalise=Normalise(), nodata_fill=float("nan"), absent=absent)
             return plain(allow=dict.fromkeys(SWITCHES, "to look at it"), **{modality: image})[modality][0]
-        # without a scale, values in any range are taken
-        plain = preprocess.replace(modality, scale=1.0, offset=0.0, normalise=Normalise())
         return plain(**{modality: image})[modality][0].double() * spec.scale + spec.offset
     except PreprocessError:
         return None
@@ -237,8 +244,10 @@ def steps(seen: Seen) -> list[str]:
     lines += _raster_steps(seen) if isinstance(seen.spec, Raster) else _image_steps(seen)
     if seen.inputs is not None:
         mean, std = (", ".join(f"{value:.2f}" for value in row) for row in (seen.inputs.mean, seen.inputs.std))
-        height, width = seen.size if seen.spec.resize.rule == "none" else seen.spec.size[-2:]
+        height, width = seen.size if seen.spec.resize.rule == "none" else seen.spec.size
         lines.append(f"network gets float32 {len(seen.spec.channels)} x {height} x {width}: mean {mean}; deviation {std}")
+    elif seen.refused and not isinstance(seen.spec, Raster):
+        lines.append(f"refused: {seen.refused.most_common(1)[0][0]}")
     return lines
 
 
@@ -269,8 +278,8 @@ def _image_steps(seen: Seen) -> list[str]:
     else:
         channels = f"{', '.join(want)}, as stored"
     resize = f"resize: {_resize(seen)}"
-    lines = [f"channels: {channels}", f"scale: value * {_number(spec.scale)} + {_number(spec.offset)}"]
-    lines.append(f"normalise: {_normalise(spec.normalise)}")
+    shift = f" + {_number(spec.offset)}" if spec.offset else ""
+    lines = [f"channels: {channels}", f"scale: value * {_number(spec.scale)}{shift}", f"normalise: {_normalise(spec.normalise)}"]
     lines.insert(1 if spec.resize.on == "native" else 3, resize)
     return lines
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -98,8 +98,9 @@ def images_to_tensors(spec: Image, pictures: Sequence[Tensor]) -> list[Tensor]:
     return [resize_to(value, spec.size, spec.resize) for value in values] if spec.resize.on == "normalised" else values
 
 
-def resize_to(pixels: Tensor, size: Sequence[int], rule: Resize) -> Tensor:
-    """Bring (C, H, W) to `size` by the rule; uint8 stays uint8."""
+def resize_to(pixels: Tensor, size: Sequence[int], rule: Resize, interpolate: Callable | None = None) -> Tensor:
+    """Bring (C, H, W) to `size` by the rule; uint8 stays uint8. `interpolate` replaces the kernels that are used otherwise."""
+    kernel = interpolate or interpolated
     height, width = pixels.shape[-2:]
     if rule.rule == "none":
         if height % rule.multiple_of or width % rule.multiple_of:
@@ -113,12 +114,12 @@ def resize_to(pixels: Tensor, size: Sequence[int], rule: Resize) -> Tensor:
     elif rule.rule == "short_side":
         aspect = width / height
         target = [size[0], int(size[0] * aspect)] if aspect >= 1 else [int(size[0] / aspect), size[0]]
-        return pixels if [height, width] == target else _interpolate(pixels, target, rule)
+        return pixels if [height, width] == target else kernel(pixels, target, rule)
     elif rule.rule == "pad":
         factor = min(size[0] / height, size[1] / width)
         target = [max(1, round(height * factor)), max(1, round(width * factor))]
     if rule.rule != "crop" and [height, width] != target:
-        pixels = _interpolate(pixels, target, rule)
+        pixels = kernel(pixels, target, rule)
     short = [max(0, want - have) for have, want in zip(pixels.shape[-2:], size, strict=True)]
     if any(short):
         top, left = short[0] // 2, short[1] // 2
@@ -126,7 +127,8 @@ def resize_to(pixels: Tensor, size: Sequence[int], rule: Resize) -> Tensor:
     return TF.center_crop(pixels, list(size))
 
 
-def _interpolate(pixels: Tensor, size: list[int], rule: Resize) -> Tensor:
+def interpolated(pixels: Tensor, size: list[int], rule: Resize) -> Tensor:
+    """(C, H, W) at exactly `size`."""
     if rule.interpolation == "lanczos":  # torch has none; PIL takes single channels of 8 bits or float32
         planes = pixels.cpu() if pixels.dtype == torch.uint8 else pixels.cpu().float()
         resized = [Picture.fromarray(plane.numpy()).resize((size[1], size[0]), Picture.Resampling.LANCZOS) for plane in planes]

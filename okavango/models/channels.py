@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
 from typing import Literal
@@ -10,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from okavango.models.backbone import Backbone, architectures
+from okavango.models.adapters import Adapted
+from okavango.models.backbone import Backbone, architectures, create_model
 from okavango.models.preprocess import Image, Preprocess, Raster
 from okavango.models.sensors import find_band, wavelengths
 
@@ -49,19 +49,21 @@ def adapt_channels(backbone: Backbone, bands: Raster, how: How = "repeat") -> Ba
     """
     if how not in ("repeat", "average", "wavelength"):
         raise ChannelError(f"how {how!r}: expected 'repeat', 'average' or 'wavelength'")
-    if not _takes_channels(backbone.architecture):
+    if not _takes_channels(backbone):
         raise ChannelError(f"{backbone.architecture}: takes no number of channels; adapt the backbone inside before it is wrapped")
     (modality, spec), *more = backbone.preprocess.items()
     if more or not isinstance(spec, (Image, Raster)):
         raise ChannelError(f"{backbone.architecture}: expected a network of one modality that takes pictures or rasters")
-    model = copy.deepcopy(backbone)
-    conv = first_convolution(model, len(spec.channels))
-    with torch.no_grad():
-        set_filters(conv, adapt_filters(conv.weight, spec.channels, bands, how))
-    model.arguments = {**backbone.arguments, "channels": len(bands.channels)}
+    conv = first_convolution(backbone, len(spec.channels))
+    tensors = backbone.state_dict()
+    name = next(name for name, module in backbone.named_modules() if module is conv)
+    tensors[f"{name}.weight"] = adapt_filters(conv.weight.detach(), spec.channels, bands, how)
+    with torch.random.fork_rng(devices=[]):  # the new weights are replaced at once
+        model = create_model(backbone.architecture, **{**backbone.arguments, "channels": len(bands.channels)})
+    model.load_state_dict(tensors)
     said = f"{how} from {', '.join(spec.channels)}"
     model.preprocess = Preprocess({modality: bands}).replace(modality, adapted=said)
-    return model
+    return model.to(conv.weight.device, conv.weight.dtype).train(backbone.training)
 
 
 def first_convolution(model: nn.Module, channels: int) -> nn.Conv2d:
@@ -123,7 +125,9 @@ def _between(centre: float, own: Sequence[float]) -> Tensor:
     return shares
 
 
-def _takes_channels(architecture: str) -> bool:
-    if "/" in architecture:
+def _takes_channels(backbone: Backbone) -> bool:
+    if "/" in backbone.architecture:
         return True
-    return "channels" in inspect.signature(architectures()[architecture]).parameters
+    parameters = inspect.signature(architectures()[backbone.architecture]).parameters.values()
+    open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters) and not isinstance(backbone, Adapted)
+    return open_ended or any(each.name == "channels" for each in parameters)

@@ -55,7 +55,7 @@ def _pictures(**fields: Any) -> Raster:
 
 def _ssl4eo_s12(channels: tuple[str, ...]) -> Callable[[str], dict[str, Raster]]:
     table = STATISTICS["ssl4eo_s12_l1c"]
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "": {"units": "reflectance", "scale": (1e-4,)},
         "statistics": {"units": "dn", "normalise": table.standard(channels)},
         "eight_bit": {"units": "dn", "normalise": table.eight_bit(channels)},
@@ -92,13 +92,18 @@ def _satlas_ms(variant: str) -> dict[str, Raster]:
 def _satlas_landsat(variant: str) -> dict[str, Raster]:
     channels = tuple(f"B{number}" for number in range(1, 12))
     rule = _range((4000.0,) * 11, (20320.0,) * 11, clip=variant != "torchgeo")
-    where = {"sensor": "landsat-8", "level": "L1", "wavelengths": wavelengths("landsat-8", channels), "resolution": 30.0}
+    where: dict[str, Any] = {
+        "sensor": "landsat-8",
+        "level": "L1",
+        "wavelengths": wavelengths("landsat-8", channels),
+        "resolution": 30.0,
+    }
     return {"image": Raster(channels=channels, units="dn", size=(256, 256), resize=_CENTRE, normalise=rule, **where)}
 
 
 def _ssl4eo_l(sensor: str, level: str, channels: tuple[str, ...]) -> Callable[[str], dict[str, Raster]]:
     rule = _range((0.0,) * len(channels), (255.0,) * len(channels), clip=False)
-    where = {"sensor": sensor, "level": level, "wavelengths": wavelengths(sensor, channels), "resolution": 30.0}
+    where: dict[str, Any] = {"sensor": sensor, "level": level, "wavelengths": wavelengths(sensor, channels), "resolution": 30.0}
     spec = Raster(channels=channels, units="u8", resize=_CENTRE, normalise=rule, **where)
     return lambda variant: {"image": spec}
 
@@ -114,7 +119,7 @@ def _croma(variant: str) -> dict[str, Raster]:
 def _dofa(table: str, sensor: str, scale: tuple[float, ...] = (1.0,)) -> Callable[[str], dict[str, Raster]]:
     """8-bit pictures of a sensor, standardised. "torchgeo" normalises nothing."""
     found = STATISTICS[table]
-    own = {"channels": found.channels, "wavelengths": wavelengths(sensor, found.channels), "sensor": sensor}
+    own: dict[str, Any] = {"channels": found.channels, "wavelengths": wavelengths(sensor, found.channels), "sensor": sensor}
 
     def build(variant: str) -> dict[str, Raster]:
         rule = Normalise() if variant == "torchgeo" else found.standard(found.channels)
@@ -177,7 +182,7 @@ _ENTRIES: dict[str, tuple[Callable[[str], dict[str, Raster]], tuple[str, ...]]] 
     "ssl4eo_s12_s1": (lambda variant: {"image": _SSL4EO_S1}, ()),
     "seco": (_seco, ("torchgeo", "study")),
     "seco_eco": (
-        lambda variant: {"image": _sentinel_2(S2_RGB, level="", units="reflectance", scale=(1e-4,), resize=_CROP)},
+        lambda variant: {"image": _sentinel_2(S2_RGB, level="", units="reflectance", scale=(1e-4,), resize=_EXACT)},
         (),
     ),
     "gassl": (lambda variant: {"image": _pictures()}, ()),
@@ -213,6 +218,17 @@ _ENTRIES: dict[str, tuple[Callable[[str], dict[str, Raster]], tuple[str, ...]]] 
     "dinov3_sat": (lambda variant: {"image": _pictures(size=(256, 256), normalise=_SAT_493M)}, ()),
 }
 CHECKPOINTS: dict[str, tuple[str, ...]] = {name: ("", *variants) for name, (_, variants) in _ENTRIES.items()}
+
+# what some networks want besides the pixels; wavelengths are in the contract
+BESIDES: dict[str, str] = {
+    "scale_mae": "ground sampling distance",
+    "dofa_sentinel_2": "wavelengths in micrometres",
+    "dofa_sentinel_1": "wavelengths in micrometres",
+    "dofa_gaofen": "wavelengths in micrometres",
+    "prithvi_1": "a stack of frames",
+    "prithvi_2": "a stack of frames; place and date where it was trained with them",
+    **{name: "wavelengths, ground sampling distance, place and time" for name in _ENTRIES if name.startswith("clay_")},
+}
 
 
 def checkpoint(name: str, variant: str = "") -> Preprocess:

@@ -137,7 +137,7 @@ class Raster:
         channels: band names in the order that the network expects.
         wavelengths: centre of each band in nanometres, None where it has none (radar); empty when unknown.
         sensor: e.g. "sentinel-2"; level: processing level, e.g. "L2A"; units: of the network's values before normalisation, one of
-            "dn", "reflectance", "db", "linear", "u8".
+            "dn", "reflectance", "db", "linear", "u8", "kelvin".
         scale, offset: one number per band, or one for all: value in `units` = stored value * scale + offset. Stored values are the
             sensor's numbers, for Sentinel-2 without the offset of baseline 04.00; 8-bit units with a scale are cut to 0..255 and
             rounded down.
@@ -261,11 +261,11 @@ class Preprocess(Mapping[str, InputSpec]):
     def __len__(self) -> int:
         return len(self.specs)
 
-    def __call__(self, *, allow: Mapping[str, str] | None = None, **inputs: Any) -> dict[str, Any]:
+    def __call__(self, *, allow: Any = None, **inputs: Any) -> dict[str, Any]:
         """Turn raw inputs into batches of tensors that the backbone takes as ``model(**result)``.
 
         Args:
-            allow: switch -> reason, for what the reconciliation of rasters would refuse, see `okavango.models.raster.plan`.
+            allow: {switch: reason} for what the reconciliation of rasters would refuse, see `okavango.models.raster.plan`.
             **inputs: per modality one sample, a list of samples or a batch: uint8 or float, (H, W) or (H, W, C) for numpy and PIL,
                 (H, W) or (C, H, W) for tensors, with a leading B for a batch. 8-bit values are 0..255, floats are in the units
                 that `scale` and `offset` start from. A raster is a `Bands`, a list of them, or a plain array together with

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 from PIL import Image as Picture
 from torch import Tensor
 
-from okavango.models._apply import apply, normalise, resize_to
-from okavango.models.preprocess import Normalise, PreprocessError, Raster, Resize
+from okavango.models._apply import apply
+from okavango.models._raster import ORDER, Step, cirrus_problem, run
+from okavango.models.preprocess import PreprocessError, Raster
 from okavango.models.sensors import (
     HARMONISED,
     SENTINEL_2,
@@ -58,7 +59,7 @@ class Bands:
             unknown.
         scale, offset: value in `units` = stored value * scale + offset; one number, or one per channel.
         wavelengths: nanometres per channel, None where there is none; empty when unknown or as the sensor's table has it.
-        nodata: stored value for "no measurement"; cells that are not finite never count as measured.
+        nodata: stored value for "no measurement"; cells that are not finite never count as measured, so NaN becomes None.
         mask: True where measured: (H, W) or (C, H, W), with a leading B for a batch.
         resolution: metres; crs: WKT; transform: the six numbers of the affine map; time: ISO.
         baseline: of Sentinel-2, such as "04.00", or "harmonised" where the offset of 04.00 is taken away already.
@@ -85,8 +86,10 @@ class Bands:
     def __post_init__(self):
         for name in ("channels", "scale", "offset", "wavelengths", "transform"):
             value = getattr(self, name)
-            value = (value,) if isinstance(value, (str, int, float)) else tuple(value)
+            value = (value,) if isinstance(value, (str, int, float, np.number)) else tuple(value)
             object.__setattr__(self, name, value)  # lists are welcome; descriptions must be hashable
+        if self.nodata is not None and self.nodata != self.nodata:
+            object.__setattr__(self, "nodata", None)  # never measured in any case, and equal to no other
         count = len(self.channels)
         if self.units not in ("", *UNITS):
             raise PreprocessError(f"units {self.units!r}: expected one of {', '.join(UNITS)}")
@@ -124,15 +127,6 @@ class Bands:
         pixels = torch.as_tensor(self.values)
         pixels = pixels if pixels.ndim == 4 else pixels[None]
         return [sample[torch.tensor(indices, device=sample.device)] for sample in pixels]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operation: its name, a line for people, and its arguments."""
-
-    op: str
-    says: str
-    arguments: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,7 +183,7 @@ def plan(spec: Raster, bands: Bands, *, allow: Mapping[str, str] | frozenset[str
     reasons = _reasons(allow)
     made = _plan(spec, bands.describe(), frozenset(reasons))
     if bands.values is not None:
-        _run(made, bands.values, bands.mask, checks_only=True)
+        run(made.steps, len(bands.channels), bands.values, bands.mask, checks_only=True)
     return dataclasses.replace(made, allowed=tuple(reasons.items()))
 
 
@@ -205,7 +199,7 @@ def apply_raster(plan: Plan, values: np.ndarray | Tensor, mask: np.ndarray | Ten
     Raises:
         PreprocessError: the values do not fit their unit, look normalised already, are saturated, or lie in another order.
     """
-    return _run(plan, values, mask)[0]
+    return run(plan.steps, len(plan.source.channels), values, mask)
 
 
 def _reasons(allow: Mapping[str, str] | frozenset[str]) -> dict[str, str]:
@@ -241,7 +235,7 @@ def _plan(spec: Raster, source: Bands, allow: frozenset[str]) -> Plan:
     steps = _raw_checks(source, allow)
     steps += _select(spec, source, matches, notes)
     steps += _range_checks(source, matches, allow)
-    steps.append(Step("fill", "" if source.nodata is None else "cells that were not measured: the mean of their band"))
+    steps.append(Step("fill", "" if source.nodata is None else "cells that were not measured: the mean of their band, for now"))
     steps += _conversion(spec, source, matches, allow)
     if spec.valid and "range" not in allow:
         steps.append(Step("valid", "", (("valid", spec.valid), ("units", spec.units), ("positions", _present(matches)))))
@@ -250,7 +244,7 @@ def _plan(spec: Raster, source: Bands, allow: frozenset[str]) -> Plan:
         steps += [*resize, *norm]
     else:  # an affine map and a linear resize commute, and the smaller side of an enlargement is the cheaper one
         steps += [*norm, *resize]
-    steps += _last_steps(spec, matches)
+    steps += _last_steps(spec, source, matches)
     if spec.resolution and source.resolution and not 0.5 <= source.resolution / spec.resolution <= 2:
         notes.append(f"the data have {source.resolution:g} m a pixel, the checkpoint was trained on {spec.resolution:g} m")
     return Plan(spec, source, _joined(steps), notes=tuple(notes))
@@ -280,9 +274,10 @@ def _match(spec: Raster, source: Bands) -> list[Match]:
 
     def fits(name: str, band: Band | None, index: int) -> bool:
         other = theirs[index]
-        if band is None or other is None:
-            return name.lower() == source.channels[index].lower()
-        return band.name == other.name if one_sensor else bool(set(band.common) & set(other.common))
+        if band and other:
+            return band.name == other.name if one_sensor else bool(set(band.common) & set(other.common))
+        alike = one_sensor or (band is None and other is None)  # B4 of one sensor is not B4 of another
+        return alike and name.lower() == source.channels[index].lower()
 
     matches: list[Match] = []
     for position, name in enumerate(spec.channels):
@@ -303,7 +298,8 @@ def _match(spec: Raster, source: Bands) -> list[Match]:
 def _named_bands(source: Bands) -> list[Band | None]:
     """The band that each channel of the data is, None where the sensor or the name is not in the table."""
     sensor, level = find_sensor(source.sensor), find_level(source.sensor, source.level)
-    bands, seen = [], {}
+    bands: list[Band | None] = []
+    seen: dict[str, str] = {}
     for name in source.channels:
         band = find_band(source.sensor, name)
         if band is None and sensor:
@@ -348,6 +344,8 @@ def _select(spec: Raster, source: Bands, matches: Sequence[Match], notes: list[s
 def _conversion(spec: Raster, source: Bands, matches: Sequence[Match], allow: frozenset[str]) -> list[Step]:
     """From stored values to the spec's units."""
     steps, pair = [], (source.units, spec.units)
+    taken = [index for index, _ in matches]
+    said = [_said(source, index) for index in taken]
     if source.units == "dn" and sensor_name(source.sensor) == SENTINEL_2.name:
         shift = baseline_offset(source.baseline)
         if shift is None:
@@ -357,15 +355,18 @@ def _conversion(spec: Raster, source: Bands, matches: Sequence[Match], allow: fr
                 "Sentinel-2 numbers of an unknown processing baseline: from 04.00 on they carry an offset of 1000",
                 "say baseline= (such as '02.08', '04.00', or 'harmonised' where a catalogue has taken the offset away)",
             )
+        shifted = [
+            (scale, offset + (0.0 if index is None else shift or 0.0)) for index, (scale, offset) in zip(taken, said, strict=True)
+        ]
         if shift:
-            says = f"{_formula((1.0,), (shift,))}, the offset since baseline 04.00; below 0: 0"
-            steps.append(Step("affine", says, (("scale", (1.0,)), ("offset", (shift,)))))
+            steps += _affine_steps("without the offset since baseline 04.00, not below 0", shifted)
+        else:
+            steps += _affine_steps("the data's scale", shifted)
         steps.append(Step("clip", "", (("low", 0.0), ("high", None))))  # the numbers are unsigned
-    own = [_affine(spec, source, position, index) for position, (index, _) in enumerate(matches)]
-    scales, offsets = (tuple(each) for each in zip(*own, strict=True))
-    if any(scale != 1 for scale in scales) or any(offset != 0 for offset in offsets):
-        what = pair[0] if pair[0] == pair[1] else f"{pair[0]} to {pair[1]}"
-        steps.append(Step("affine", f"{what}: {_formula(scales, offsets)}", (("scale", scales), ("offset", offsets))))
+        said = [(1.0, 0.0)] * len(said)
+    what = pair[0] if pair[0] == pair[1] else f"{pair[0]} to {pair[1]}"
+    pairs = enumerate(zip(taken, said, strict=True))
+    steps += _affine_steps(what, [_affine(spec, source, position, index, *own) for position, (index, own) in pairs])
     if pair == ("linear", "db"):
         steps.append(Step("decibel", "linear to decibels: 10 log10(x); not above 0: not measured"))
     if pair == ("db", "linear"):
@@ -375,19 +376,35 @@ def _conversion(spec: Raster, source: Bands, matches: Sequence[Match], allow: fr
     return steps
 
 
-def _affine(spec: Raster, source: Bands, position: int, index: int | None) -> tuple[float, float]:
-    """Scale and offset of one channel from stored value, without Sentinel-2's offset, to the spec's units or their logarithm."""
+def _affine_steps(what: str, numbers: Sequence[tuple[float, float]]) -> list[Step]:
+    """One step that scales each channel, or none where nothing changes."""
+    scales, offsets = (tuple(each) for each in zip(*numbers, strict=True))
+    if set(scales) == {1} and set(offsets) == {0}:
+        return []
+    return [Step("affine", f"{what}: {_formula(numbers)}", (("scale", scales), ("offset", offsets)))]
+
+
+def _said(source: Bands, index: int | None) -> tuple[float, float]:
+    """What a channel of the data says of its scale and offset."""
     if index is None:
         return 1.0, 0.0
-    scale = source.scale[index if len(source.scale) > 1 else 0]
-    offset = source.offset[index if len(source.offset) > 1 else 0]
+    return source.scale[index if len(source.scale) > 1 else 0], source.offset[index if len(source.offset) > 1 else 0]
+
+
+def _affine(spec: Raster, source: Bands, position: int, index: int | None, scale: float, offset: float) -> tuple[float, float]:
+    """Scale and offset of one channel from stored value (its unit: `scale`, `offset`) to the spec's units or their logarithm."""
+    if index is None:
+        return 1.0, 0.0
     have, want = source.units, spec.units
     same = sensor_name(spec.sensor) == sensor_name(source.sensor)
     if (have == want and (have != "dn" or same)) or {have, want} == {"db", "linear"}:
         return scale, offset
     own = spec.scale[position if len(spec.scale) > 1 else 0], spec.offset[position if len(spec.offset) > 1 else 0]
     if have not in ("dn", "reflectance") or want not in ("dn", "reflectance", "u8", "kelvin") or (want == "u8" and own == (1, 0)):
-        raise PreprocessError(f"the data are in {have} and this checkpoint takes {want}; there is no way from one to the other")
+        raise PreprocessError(
+            f"the data are in {have} and this checkpoint takes {want}, and nothing says how one becomes the other; choose a "
+            "contract in the data's unit, such as those of okavango.models.expectations.imagenet"
+        )
     if have == "dn" and same and own != (1, 0):  # the checkpoint's own stored values
         return _then(scale, offset, *own)
     if have == "dn":
@@ -469,8 +486,9 @@ def _resize_steps(spec: Raster) -> list[Step]:
     return [Step("resize", f"resize to {side} ({', '.join(words)}{before})", (("rule", rule), ("size", spec.size)))]
 
 
-def _last_steps(spec: Raster, matches: Sequence[Match]) -> list[Step]:
-    steps = [Step("unmeasured", "", (("value", spec.nodata_fill),))]
+def _last_steps(spec: Raster, source: Bands, matches: Sequence[Match]) -> list[Step]:
+    says = "" if source.nodata is None else f"cells that were not measured: {spec.nodata_fill:g}"
+    steps = [Step("unmeasured", says, (("value", spec.nodata_fill),))]
     absent = tuple(position for position, (index, _) in enumerate(matches) if index is None)
     if absent:
         names, where = ", ".join(spec.channels[position] for position in absent), "after normalisation"
@@ -498,28 +516,16 @@ def _joined(steps: Sequence[Step]) -> tuple[Step, ...]:
     return tuple(out)
 
 
-def _formula(scales: Sequence[float], offsets: Sequence[float]) -> str:
-    if len(set(scales)) > 1 or len(set(offsets)) > 1:
+def _formula(numbers: Sequence[tuple[float, float]]) -> str:
+    different = set(numbers) - {(1.0, 0.0)}  # which absent bands have
+    if len(different) > 1:
         return "x * scale + offset of each band"
-    scale, offset = scales[0], offsets[0]
+    ((scale, offset),) = different
     sign = "-" if offset < 0 else "+"
     return f"x{'' if scale == 1 else f' * {scale:g}'}{'' if offset == 0 else f' {sign} {abs(offset):g}'}"
 
 
-# -- does what the data say fit what they are? ----------------------------------------------------------------------------------
-
-_CIRRUS = 100.0  # Sentinel-2 numbers; B10 sees little but high clouds, so it is the darkest band of a scene
-_ORDER = "the order of the channels looks wrong (EuroSAT's files end in B11, B12, B8A)"
-
-
-def _cirrus_problem(names: Sequence[str], levels: Sequence[float]) -> str | None:
-    """Why typical values of the named bands, in Sentinel-2 numbers, cannot be theirs."""
-    if "B10" not in names:
-        return None
-    cirrus, darkest = levels[names.index("B10")], min(range(len(names)), key=lambda i: levels[i])
-    if cirrus <= _CIRRUS or cirrus <= 2 * levels[darkest]:
-        return None
-    return f"B10 (cirrus) of about {cirrus:.0f} is much brighter than {names[darkest]} of about {levels[darkest]:.0f}"
+# -- checks of the description -----------------------------------------------------------------------------------------------
 
 
 def _check_statistics(spec: Raster, allow: frozenset[str]) -> None:
@@ -529,8 +535,8 @@ def _check_statistics(spec: Raster, allow: frozenset[str]) -> None:
         return
     factor = 1e4 if spec.units == "reflectance" else 1.0
     names = [band.name if (band := find_band(spec.sensor, name)) else "" for name in spec.channels]
-    if problem := _cirrus_problem(names, [factor * each for each in mean]):
-        _refuse(allow, "order", f"by the checkpoint's statistics, {problem}: {_ORDER}", "give the statistics by band name")
+    if problem := cirrus_problem(names, [factor * each for each in mean]):
+        _refuse(allow, "order", f"by the checkpoint's statistics, {problem}: {ORDER}", "give the statistics by band name")
 
 
 def _raw_checks(source: Bands, allow: frozenset[str]) -> list[Step]:
@@ -544,7 +550,8 @@ def _raw_checks(source: Bands, allow: frozenset[str]) -> list[Step]:
     if optical and "B10" in names and "order" not in allow:
         factor = 1e4 if source.units == "reflectance" else 1.0
         scale, offset = (tuple(factor * number for number in numbers) for numbers in (source.scale, source.offset))
-        steps.append(Step("order", "", (("names", names), ("scale", scale), ("offset", offset))))
+        arguments = (("names", names), ("scale", scale), ("offset", offset), ("nodata", source.nodata))
+        steps.append(Step("order", "", arguments))
     return steps
 
 
@@ -556,244 +563,6 @@ def _range_checks(source: Bands, matches: Sequence[Match], allow: frozenset[str]
     skip = tuple(sorted(allow & {"normalised", "range", "saturated"}))
     arguments = {"units": source.units, "scale": scale, "offset": offset, "positions": positions, "skip": skip}
     return [Step("check", "", tuple(arguments.items()))] if positions else []
-
-
-def _look_normalised(units: str, low: float, high: float, whole: bool) -> str | None:
-    """What was expected, where values of that range have rather been scaled or normalised; `whole` for whole numbers."""
-    if units == "dn" and not whole and high < 20:
-        return "sensor numbers"
-    if units == "u8" and ((not whole and 0 < high <= 1) or low < -0.5):
-        return "0..255"
-    if units == "reflectance" and low < -0.5:
-        return "reflectances"
-    if units == "linear" and low < 0:
-        return "linear backscatter"
-    if units == "db" and -6 < low < 0 and high < 6:
-        return "decibels of backscatter, which go down to -20 and less"
-    return None
-
-
-def _look_out_of_unit(units: str, low: float, high: float) -> str | None:
-    """What a range says against a unit."""
-    if units == "u8" and high > 255:
-        return "do not fit 0..255"
-    if units == "db" and low >= 0 and high > 0:
-        return "look like linear backscatter, not like decibels"
-    if units == "db" and (high > 60 or low < -120):
-        return "do not fit decibels"
-    if units == "kelvin" and (low < 100 or high > 500):
-        return "do not fit temperatures in kelvin"
-    return None
-
-
-# -- operations: (values (B, C, H, W) float32 of our own, measured bool or None) -> the same ------------------------------------
-
-State = tuple[Tensor, Tensor | None]
-
-
-def _run(made: Plan, values: np.ndarray | Tensor, mask: np.ndarray | Tensor | None, checks_only: bool = False) -> State:
-    pixels, measured = _tensor(values), None if mask is None else _tensor(mask).bool()
-    count = len(made.source.channels)
-    if pixels.ndim not in (3, 4) or pixels.shape[-3] != count:
-        raise PreprocessError(f"values of shape {tuple(pixels.shape)}: expected ({count}, H, W), the plan's channels, or a batch")
-    if measured is not None:
-        if measured.ndim == 2 or (measured.ndim == 3 and pixels.ndim == 4 and measured.shape != pixels.shape[1:]):
-            measured = measured.unsqueeze(-3)  # one mask for all channels
-        measured = measured if measured.ndim == 4 else measured[None]
-    steps = made.steps
-    if checks_only:
-        steps = steps[: 1 + max((i for i, step in enumerate(steps) if step.op in _CHECKS), default=-1)]
-    state: State = (pixels if pixels.ndim == 4 else pixels[None], measured)
-    for step in steps:
-        state = _OPS[step.op](*state, **dict(step.arguments))
-    return state
-
-
-def _tensor(array: np.ndarray | Tensor) -> Tensor:
-    if isinstance(array, Tensor):
-        return array.detach()
-    array = np.asarray(array)
-    if array.dtype.kind not in "biuf":
-        raise PreprocessError(f"values of dtype {array.dtype}: expected numbers")
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-        array = array.copy()  # torch has neither read-only tensors nor negative strides
-    return torch.from_numpy(array)
-
-
-def _op_depth(values, measured, *, sensor) -> State:
-    if values.dtype == torch.uint8:
-        raise PreprocessError(
-            f"8-bit values are a picture of {sensor}, not its numbers; say units='u8', or pass allow={{'range': 'the reason'}}"
-        )
-    return values, measured
-
-
-def _op_order(values, measured, *, names, scale, offset) -> State:
-    step = max(1, min(values.shape[-2:]) // 16)
-    sample = values[..., ::step, ::step].float()
-    levels = sample.transpose(0, 1).flatten(1).median(1).values
-    if problem := _cirrus_problem(names, (levels * levels.new_tensor(scale) + levels.new_tensor(offset)).tolist()):
-        raise PreprocessError(f"{problem}: {_ORDER}; name the channels as they lie, or pass allow={{'order': 'the reason'}}")
-    return values, measured
-
-
-def _op_select(values, measured, *, indices, nodata, fill) -> State:
-    out = values.new_empty((len(values), len(indices), *values.shape[-2:]), dtype=torch.float32)
-    for position, index in enumerate(indices):  # one pass that picks, converts and leaves the caller's values alone
-        out[:, position] = fill if index is None else values[:, index]
-    absent = [position for position, index in enumerate(indices) if index is None]
-    if measured is not None and measured.shape[1] > 1:
-        measured = torch.stack([measured[:, index or 0] for index in indices], 1)
-    good = out.isfinite() if values.is_floating_point() else None
-    if nodata is not None and nodata == nodata:
-        good = out != nodata if good is None else good & (out != nodata)
-    if good is not None and not bool(good.all()):
-        measured = good if measured is None else good & measured
-    if measured is not None:
-        measured = measured.expand(out.shape).clone()
-        measured[:, absent] = True
-        measured = None if bool(measured.all()) else measured
-    return out, measured
-
-
-def _bounds(values, measured, positions) -> tuple[Tensor, Tensor]:
-    """Lowest and highest measured value of each of these channels; infinite where nothing was measured."""
-    if len(positions) < values.shape[1]:
-        values, measured = (None if each is None else each[:, list(positions)] for each in (values, measured))
-    low, high = (values, values) if measured is None else (values.masked_fill(~measured, end) for end in (torch.inf, -torch.inf))
-    return low.amin((0, 2, 3)), high.amax((0, 2, 3))
-
-
-def _op_check(values, measured, *, units, scale, offset, positions, skip) -> State:
-    lows, highs = _bounds(values, measured, positions)
-    if units in ("dn", "reflectance") and float(highs.max()) == 65535 and "saturated" not in skip:
-        raise PreprocessError(
-            "cells of 65535 are saturated; say nodata=65535 or give a mask to leave them out, or pass "
-            "allow={'saturated': 'the reason'}"
-        )
-    factor, add = lows.new_tensor(scale), lows.new_tensor(offset)
-    ends = torch.stack([lows * factor + add, highs * factor + add])[:, lows <= highs]
-    if not ends.numel():  # nothing was measured
-        return values, measured
-    low, high = float(ends.min()), float(ends.max())
-    cells = values.flatten()[:: max(1, values.numel() // 4096)]
-    whole = bool((cells == cells.round()).all())
-    if "normalised" not in skip and (what := _look_normalised(units, low, high, whole)):
-        raise PreprocessError(
-            f"values {low:.3g}..{high:.3g} look scaled or normalised already; expected {what}; pass the values as they were stored "
-            "with their units=, or allow={'normalised': 'the reason'}"
-        )
-    if "range" in skip:
-        return values, measured
-    what = _look_out_of_unit(units, low, high)
-    if units == "reflectance" and high > 2:
-        cells = values[:, list(positions)] * factor.view(-1, 1, 1) + add.view(-1, 1, 1)
-        if float((cells > 2).float().mean()) > 0.01:
-            what = "look like sensor numbers, not like reflectances"
-    if what:
-        raise PreprocessError(f"values {low:.3g}..{high:.3g} {what}; say the right units=, or pass allow={{'range': 'the reason'}}")
-    return values, measured
-
-
-def _op_valid(values, measured, *, valid, units, positions) -> State:
-    lows, highs = _bounds(values, measured, positions)
-    low, high = float(lows.min()), float(highs.max())
-    if low <= high and (low < valid[0] or high > valid[1]):
-        raise PreprocessError(
-            f"values {low:.3g}..{high:.3g} ({units}) lie outside of {valid[0]:g}..{valid[1]:g}, what is possible in the "
-            "checkpoint's own data; say the right units= and scale=, or pass allow={'range': 'the reason'}"
-        )
-    return values, measured
-
-
-def _op_fill(values, measured) -> State:
-    if measured is not None:  # before any resize, so that no cell that was not measured leaks into its neighbours
-        count = measured.sum((-2, -1), keepdim=True).clamp_min(1)
-        mean = values.where(measured, 0).sum((-2, -1), keepdim=True, dtype=torch.float64) / count
-        values = values.where(measured, mean.float())
-    return values, measured
-
-
-def _op_affine(values, measured, *, scale, offset) -> State:
-    def column(numbers):
-        return numbers[0] if len(set(numbers)) == 1 else values.new_tensor(numbers).view(1, -1, 1, 1)
-
-    return values.mul_(column(scale)).add_(column(offset)), measured
-
-
-def _op_clip(values, measured, *, low, high) -> State:
-    return values.clamp_(low, high), measured
-
-
-def _op_decibel(values, measured) -> State:
-    powered = values > 0  # no power is no measurement
-    if not bool(powered.all()):
-        measured = powered if measured is None else measured & powered
-    return _op_fill(values.clamp_min_(1e-10).log10_().mul_(10), measured)
-
-
-def _op_power(values, measured) -> State:
-    return torch.pow(10, values / 10), measured
-
-
-def _op_quantise(values, measured) -> State:
-    return values.clamp_(0, 255).add_(2e-4).floor_(), measured  # a whole level must not fall to the one below by rounding
-
-
-def _op_normalise(values, measured, *, rule: Normalise) -> State:
-    of_the_sample = rule.rule in ("percentile", "zscore", "zscore_nonzero", "deviations") and not rule.batch_dependent
-    if not of_the_sample:
-        turned = None if measured is None else measured.transpose(0, 1)
-        return normalise(values.transpose(0, 1), rule, turned).transpose(0, 1), measured
-    masks = [None] * len(values) if measured is None else list(measured)
-    return torch.stack([normalise(sample, rule, mask) for sample, mask in zip(values, masks, strict=True)]), measured
-
-
-def _op_resize(values, measured, *, rule: Resize, size) -> State:
-    shape = values.shape
-    kernel = rule
-    if rule.antialias and rule.interpolation == "bilinear" and shape[-2] <= size[0] and shape[-1] <= size[1]:
-        kernel = dataclasses.replace(rule, antialias=False)  # means nothing when enlarging, and the kernel without is faster
-    values = resize_to(values.flatten(0, 1), size, kernel).unflatten(0, shape[:2])
-    if measured is not None:
-        nearest = dataclasses.replace(rule, interpolation="nearest", fill=1.0)
-        measured = resize_to(measured.flatten(0, 1).float(), size, nearest).unflatten(0, shape[:2]) > 0.5
-    return values.contiguous(), measured
-
-
-def _op_unmeasured(values, measured, *, value) -> State:
-    return values if measured is None else values.masked_fill(~measured, value), measured
-
-
-def _op_absent(values, measured, *, value, positions) -> State:
-    values[:, list(positions)] = value
-    return values, measured
-
-
-def _op_nothing(values, measured) -> State:
-    return values, measured
-
-
-_CHECKS = ("depth", "order", "check", "valid")
-_OPS: dict[str, Callable[..., State]] = {
-    "depth": _op_depth,
-    "order": _op_order,
-    "select": _op_select,
-    "check": _op_check,
-    "valid": _op_valid,
-    "fill": _op_fill,
-    "affine": _op_affine,
-    "clip": _op_clip,
-    "decibel": _op_decibel,
-    "power": _op_power,
-    "quantise": _op_quantise,
-    "normalise": _op_normalise,
-    "resize": _op_resize,
-    "unmeasured": _op_unmeasured,
-    "absent": _op_absent,
-    "nothing": _op_nothing,
-}
 
 
 # -- the call -------------------------------------------------------------------------------------------------------------------
@@ -848,6 +617,7 @@ def _described(spec: Raster, sample: Any, allow: Mapping[str, str]) -> Bands:
     if "undescribed" not in allow:
         names = ", ".join(map(repr, spec.channels[:3])) + (", ..." if len(spec.channels) > 3 else "")
         said = f"sensor={spec.sensor!r}, level={spec.level!r}, units='dn'" if spec.sensor else f"units={spec.units!r}"
+        said += ", baseline='02.08'" if sensor_name(spec.sensor) == SENTINEL_2.name else ""
         raise PreprocessError(
             f"an array that does not say what it is; describe it, Bands(values=x, channels=({names}), {said}), or pass "
             "allow={'undescribed': 'the reason'} if its channels and stored values are the checkpoint's own"
@@ -858,18 +628,27 @@ def _described(spec: Raster, sample: Any, allow: Mapping[str, str]) -> Bands:
 def as_expected(spec: Raster, *, stored: bool = False) -> Bands:
     """The description of data that are just as the checkpoint's own: its channels in its order, its stored values.
 
+    Channels that the processing level does not have, which the contract fills, are left out.
+
     Args:
         stored: describe the sensor's numbers, also where the spec's `scale` would bring them to its units.
     """
     numbers = stored or (spec.units == "u8" and (spec.scale, spec.offset) != ((1.0,), (0.0,)))
+    level = find_level(spec.sensor, spec.level)
+    lacking = [band and level and band.name in level.lacks for band in (find_band(spec.sensor, name) for name in spec.channels)]
+
+    def there(each: tuple) -> tuple:
+        kept = tuple(value for value, lacks in zip(each, lacking, strict=True) if not lacks) if len(each) == len(lacking) else each
+        return kept or each
+
     return Bands(
-        channels=spec.channels,
+        channels=there(spec.channels),
         sensor=spec.sensor,
         level=spec.level,
         units="dn" if numbers else spec.units,
-        scale=(1.0,) if numbers else spec.scale,
-        offset=(0.0,) if numbers else spec.offset,
-        wavelengths=spec.wavelengths,
+        scale=(1.0,) if numbers else there(spec.scale),
+        offset=(0.0,) if numbers else there(spec.offset),
+        wavelengths=there(spec.wavelengths),
         nodata=spec.nodata,
         resolution=spec.resolution,
         baseline=HARMONISED,

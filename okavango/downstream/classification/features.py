@@ -116,7 +116,7 @@ def extract_features(
 
     Args:
         model: the backbone; run in eval mode without gradients, its modes are restored.
-        source: an `okavango.data.sources.Source`; samples are ``{"image": uint8 (C, H, W), "label": int, "id": str}``.
+        source: an `okavango.data.sources.Source`; samples are ``{"image": uint8 (C, H, W) or Bands, "label": int, "id": str}``.
         subnet: the slice of an elastic backbone to run; None means the intact network.
         batch: samples per forward pass.
         device: the model is moved there; None runs it where it is.

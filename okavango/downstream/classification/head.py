@@ -19,6 +19,7 @@ from okavango.models._apply import resize_to
 from okavango.models.backbone import Backbone, Inputs
 from okavango.models.features import Features, Subnet
 from okavango.models.preprocess import Preprocess
+from okavango.models.raster import Bands
 
 
 class Classifier(nn.Module):
@@ -249,12 +250,12 @@ class TrainTransform:
         """One sample, augmented by the seed alone.
 
         Args:
-            sample: {"image": (C, H, W), "label": int, ...}.
+            sample: {"image": (C, H, W) or Bands, "label": int, ...}.
             seed: 0 or more.
         Returns:
             {modality: float32 (C, h, w) at the spec's size, "label", "id"}.
         Raises:
-            ValueError: a label that is not one of the classes.
+            ValueError: a label that is not one of the classes, or RandAugment on bands.
         """
         label, name = sample.get("label"), sample.get("id", "?")
         if label is None or not 0 <= label < len(self.classes):
@@ -263,10 +264,11 @@ class TrainTransform:
             )
         rng = np.random.default_rng(seed)
         pixels = sample["image"]
-        top, left, height, width = crop_box(rng, pixels.shape[-2], pixels.shape[-1], self.scale, self.aspect)
-        pixels = pixels[..., top : top + height, left : left + width]
-        if rng.random() < self.flip:
-            pixels = pixels.flip(-1)
+        whole: Any = pixels.values if isinstance(pixels, Bands) else pixels
+        top, left, height, width = crop_box(rng, whole.shape[-2], whole.shape[-1], self.scale, self.aspect)
+        pixels = _part(pixels, slice(top, top + height), slice(left, left + width), flip=bool(rng.random() < self.flip))
+        if self.randaugment and isinstance(pixels, Bands):
+            raise ValueError("RandAugment is made for pictures, and these are rasters of bands; set randaugment to nothing")
         spec = self.preprocess.array(self.modality)
         resize = dataclasses.replace(spec.resize, rule="exact", crop_ratio=1.0)
         if self.randaugment:
@@ -277,6 +279,17 @@ class TrainTransform:
         if self.erasing:
             ready = erase(ready, self.erasing, int(rng.integers(2**32)))
         return {self.modality: ready, "label": int(label), "id": name}
+
+
+def _part(pixels: Any, rows: slice, columns: slice, *, flip: bool) -> Any:
+    """A box of a picture, an array or `Bands`, mirrored if asked for."""
+    if isinstance(pixels, Bands):
+        mask = None if pixels.mask is None else _part(pixels.mask, rows, columns, flip=flip)
+        return dataclasses.replace(pixels, values=_part(pixels.values, rows, columns, flip=flip), mask=mask)
+    pixels = pixels[..., rows, columns]
+    if flip:
+        return pixels.flip(-1) if isinstance(pixels, Tensor) else pixels[..., ::-1]
+    return pixels
 
 
 def crop_box(
