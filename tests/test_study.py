@@ -162,7 +162,7 @@ def test_rasters_by_name_and_in_their_own_units(network, tmp_path):
     assert any("ImageNet has statistics of red, green and blue only" in line for line in said)
     assert any("takes 8-bit pictures" in line for line in said)  # the checkpoint's own contract refuses sensor numbers
     spec = statistics[0].settings["preprocess"]["image"]
-    assert spec["channels"] == ["B02", "B03", "B04", "B08"] and spec["units"] == "dn"
+    assert list(spec["channels"]) == ["B02", "B03", "B04", "B08"] and spec["units"] == "dn"
     assert all(record.value == 1 for record in statistics)
 
 
