@@ -441,17 +441,19 @@ def zoo_export(checkpoint: Positional[str], out: Path, subnet: str = "") -> None
 def zoo_convert(
     weights: Positional[Path],
     out: Path,
-    family: Literal["poa", "selavpr", "bm_mae"] = "poa",
+    family: Literal["poa", "selavpr", "bm_mae", "torchvision"] = "poa",
+    architecture: str = "",
     image_size: int = 224,
     patch_size: int = 16,
     head_dim: int = 64,
 ) -> None:
-    """Turn a published checkpoint, a teacher of POA (ViT, Swin or ResNet), a SelaVPR or a BM-MAE, into a zoo checkpoint.
+    """Turn a published checkpoint (a teacher of POA, a SelaVPR, a BM-MAE, one of torchvision) into a zoo checkpoint.
 
     Args:
         weights: .safetensors or .pth file; a pickle is read with weights_only.
         out: folder to write.
         family: the published code that wrote it.
+        architecture: torchvision's name of the network, such as mobilenet_v2.
         image_size: side of the training image.
         patch_size: side of a patch of a ViT; the others' weights tell what they need.
         head_dim: channels per head of a ViT; the others' weights tell what they need.
@@ -475,6 +477,15 @@ def zoo_convert(
             whole = {"kind": "objective", "head": network.head_config(), "backbone_prefix": network.backbone_prefix}
         save_checkpoint(network, out, card={"licence": bm_mae.LICENCE, "converted from": weights.name}, **whole)
         say(f"{report}\nthe model is in {out}; its licence is CC BY-NC 4.0, not for commercial use")
+        return
+    if family == "torchvision":
+        from okavango.zoo import torchvision
+
+        if not architecture:
+            raise Usage("zoo convert: --family torchvision needs --architecture, such as mobilenet_v2")
+        tower, left_out = torchvision.read_official(weights, architecture)
+        save_checkpoint(tower, out, card={"converted from": weights.name})
+        say(f"{left_out}\nthe model is in {out}")
         return
     from okavango.zoo.poa import read_official
 
@@ -536,19 +547,84 @@ def leaderboard_run(
     verbs.run_leaderboard(checkpoints, data=data, train=train, protocols=protocol, out=out, seed=seed, say=say)
 
 
-def leaderboard_render(records: Positional[tuple[Path, ...]], out: Path = Path("leaderboard.html")) -> None:
+def leaderboard_study(
+    data: Positional[str],
+    checkpoints: Positional[tuple[str, ...]] = (),
+    out: Path = Path("study.jsonl"),
+    imagenet: str = "torchvision/resnet50",
+    train: str | None = None,
+    labels: Path | None = None,
+    sizes: tuple[int, ...] = (0, 224),
+    normalisations: tuple[str, ...] = ("own", "divide", "standardise"),
+    bands: tuple[str, ...] = ("rgb",),
+    protocol: tuple[str, ...] = (),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    resize: Literal["antialiased", "aligned"] = "antialiased",
+    allow: tuple[str, ...] = (),
+    cache: Path | None = None,
+    batch: int = 64,
+) -> None:
+    """Measure checkpoints, and what they have to beat, at several sizes and normalisations; go on where it was stopped.
+
+    Args:
+        data: see `evaluate`; pictures, or rasters of named bands.
+        checkpoints: see `evaluate`.
+        out: file of records (JSON lines).
+        imagenet: the network trained on ImageNet that is always measured, with its untrained twin.
+        train: the training part, when it is not in `data`.
+        labels: JSON of {id: [labels]}, for several labels to one picture.
+        sizes: pixels, 0 for the data's own size.
+        normalisations: own, none, divide, minmax, imagenet, standardise, percentile (docs/remote_sensing.md).
+        bands: of baselines, rgb and all.
+        protocol: knn-5 and linear-c1 when left out; docs/evaluation.md has all.
+        seeds: of what is drawn: filters, patches, initial weights.
+        resize: antialiased, or aligned as Corley et al. did it.
+        allow: of rasters, what would be refused and is not, as SWITCH=REASON.
+        cache: folder of features; beside `out` when left out.
+        batch: pictures per forward pass.
+    """
+    at_least(1, batch=batch)
+    if not sizes or not normalisations or not seeds:
+        raise Usage("leaderboard study: give at least one each of --sizes, --normalisations and --seeds")
+    from okavango import study
+
+    study.run_study(
+        data,
+        out=out,
+        checkpoints=checkpoints,
+        imagenet=imagenet,
+        train=train,
+        labels=labels,
+        sizes=sizes,
+        normalisations=normalisations,
+        bands=bands,
+        protocols=protocol,
+        seeds=seeds,
+        resize=resize,
+        allow=dict(switch.partition("=")[::2] for switch in allow),
+        cache=cache,
+        batch=batch,
+        say=say,
+    )
+    say(f"the records are in {out}; `okavango leaderboard render {out}` draws them")
+
+
+def leaderboard_render(
+    records: Positional[tuple[Path, ...]], out: Path = Path("leaderboard.html"), published: tuple[str, ...] = ()
+) -> None:
     """Draw records as one HTML page that needs nothing else.
 
     Args:
         records: files of records (JSON lines).
         out: file to write.
+        published: tables of publications to put beside them, such as corley2023, each under a protocol of its own.
     """
-    if not records:
+    if not records and not published:
         raise Usage("leaderboard render: name at least one file of records")
     from okavango.zoo.leaderboard.page import render, table
-    from okavango.zoo.leaderboard.records import read_records
+    from okavango.zoo.leaderboard.records import published_file, read_records
 
-    found = read_records(records)
+    found = read_records([*records, *map(published_file, published)])
     if not found:
         raise ValueError(f"no records in {', '.join(map(str, records))}")
     render(found, out)
@@ -589,7 +665,12 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
         "verify": zoo_verify,
         "push": zoo_push,
     },
-    "leaderboard": {"run": leaderboard_run, "render": leaderboard_render, "compare": leaderboard_compare},
+    "leaderboard": {
+        "run": leaderboard_run,
+        "study": leaderboard_study,
+        "render": leaderboard_render,
+        "compare": leaderboard_compare,
+    },
 }
 RUNS = {
     "pretrain": "Pretrain a backbone on a folder of pictures, or go on with a run.",

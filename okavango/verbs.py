@@ -430,7 +430,7 @@ def outcome_record(protocol: str, outcome: Outcome, *, seed: int, **facts: Any) 
         protocol=protocol,
         metric=outcome.metric,
         value=outcome.value,
-        interval=bootstrap(outcome.correct, seed),
+        interval=outcome.interval or bootstrap(outcome.correct, seed),
         n=len(outcome.correct),
         seed=seed,
         settings=outcome.settings,

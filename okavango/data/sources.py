@@ -12,6 +12,7 @@ import importlib
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import tarfile
@@ -503,11 +504,15 @@ def _is_picture(path: Path) -> bool:
     """False for a TIFF that holds something else: more channels than a picture has, or floating-point values."""
     if not path.name.lower().endswith((".tif", ".tiff")):
         return True
+    log = logging.getLogger("PIL.TiffImagePlugin")
+    said, log.disabled = log.disabled, True  # that a TIFF has too many channels for it is the answer, not an error
     try:
         with Image.open(path) as picture:
             return picture.mode != "F"
     except Exception:  # whatever is wrong with it, reading it as a raster will say so
         return False
+    finally:
+        log.disabled = said
 
 
 def _pictures(root: Path) -> Iterator[str]:

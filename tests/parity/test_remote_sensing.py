@@ -1,4 +1,4 @@
-"""Preprocessing of rasters against tensors recorded from the study's published code, torchgeo and timm.
+"""Preprocessing of rasters, baselines and probes against tensors recorded from the study's published code, torchgeo and timm.
 
 Every output comes from a spec and described data by the call that users make. Sizes are read from the keys.
 """
@@ -12,6 +12,19 @@ import numpy as np
 import pytest
 import torch
 
+from okavango.downstream.classification.baselines import (
+    ImageStatistics,
+    RandomConvolutions,
+    draw_places,
+    gaussian_filters,
+    mosaiks,
+)
+from okavango.downstream.classification.features import Embedded
+from okavango.downstream.classification.knn import nearest
+from okavango.downstream.classification.knn import shares as knn_shares
+from okavango.downstream.classification.logistic import Standardiser
+from okavango.downstream.classification.probes import AVERAGES, PROBES, fit_probe
+from okavango.downstream.classification.protocols import evaluate_features
 from okavango.models.band_statistics import STATISTICS
 from okavango.models.channels import adapt_filters
 from okavango.models.expectations import RGB, S2, S2_RGB, S2_SATLAS, checkpoint, study
@@ -93,11 +106,6 @@ def keys(fixture, pattern: str):
     return [match for name in names if (match := re.fullmatch(pattern, name))]
 
 
-def image_statistics(values: torch.Tensor) -> torch.Tensor:
-    cells = values.flatten(2)
-    return torch.cat([cells.mean(-1), cells.std(-1), cells.amax(-1), cells.amin(-1)], 1)
-
-
 def test_eurosat(recorded, inputs):
     fixture, data = recorded(FAMILY, "eurosat"), eurosat(inputs)
     for match in keys(fixture, r"(all|rgb)\.(\w+)\.(native|resize(\d+))"):
@@ -129,7 +137,8 @@ def test_resized_then_scaled(recorded, inputs, name):
     dataset = "so2sat_random" if name == "so2sat" else name
     for bands in dict.fromkeys(match[1] for match in keys(fixture, r"(msi|rgb)\.imagestats")):
         raw = run(study(dataset, "none", bands="rgb" if bands == "rgb" else "all", size=None, as_published=True), data)
-        close(fixture, f"{bands}.imagestats", image_statistics(raw))
+        statistics = ImageStatistics(study(dataset, "none", bands="rgb" if bands == "rgb" else "all", size=None, as_published=True))
+        close(fixture, f"{bands}.imagestats", statistics(image=raw).pooled)
         if f"{bands}.loaded" in fixture.tensors:
             fixture.compare(f"{bands}.loaded", raw, 0)
         if bands == "msi" and "msi_padded_nonzero_channels" in fixture.tensors:
@@ -205,14 +214,133 @@ def test_resizes(recorded, inputs):
         fixture.compare(match[0], torch.tensor(run(spec, aerial(inputs)).shape), 0)
 
 
-def test_first_layers(recorded):
-    """timm's rule for other numbers of channels; the rest of the file is features."""
+FEATURE_INPUTS = ("timm_conv.w3", "rcf.probe_all", "mosaiks.toy_dataset")
+
+
+def features(recorded, prefix: str):
+    """The file of features, for a test that compares what begins with `prefix`."""
     fixture = recorded(FAMILY, "features")
-    weight = fixture.input("timm_conv.w3")
+    for key in fixture.tensors:
+        if key in FEATURE_INPUTS:
+            fixture.left_out[key] = "input"
+        elif not key.startswith(prefix):
+            fixture.left_out.setdefault(key, "compared by another test of this file")
+    return fixture
+
+
+def test_first_layers(recorded):
+    """timm's rule for other numbers of channels."""
+    fixture = features(recorded, "timm_conv.")
+    weight = fixture.tensors["timm_conv.w3"]
     for match in keys(fixture, r"timm_conv\.w(\d+)"):
         if match[0] != "timm_conv.w3":
             bands = Raster(channels=tuple(f"band {index}" for index in range(int(match[1]))))
             fixture.compare(match[0], adapt_filters(weight, RGB, bands), 1e-6)
-    for key in fixture.tensors:
-        if not key.startswith("timm_conv."):
-            fixture.left_out.setdefault(key, "baselines: compared elsewhere in this file")
+
+
+def test_image_statistics(recorded, inputs):
+    fixture, data = features(recorded, "imagestats."), eurosat(inputs)
+    for match in keys(fixture, r"imagestats\.eurosat_(all|rgb)_(raw|divide)(?:_resize(\d+))?"):
+        bands, normalisation, size = match.groups()
+        names = {"raw": "none"}
+        size = size and int(size)
+        spec = study("eurosat", names.get(normalisation, normalisation), bands=bands, size=size, as_published=True)
+        images = run(spec, data)
+        fixture.compare(match[0], ImageStatistics(spec)(image=images).pooled, 1e-4)
+
+
+def probe(fixture, bands: str) -> torch.Tensor:
+    """What was recorded as the input of the convolutions, of all bands or three of them."""
+    images = fixture.tensors["rcf.probe_all"]
+    return images if bands == "all" else images[:, [3, 2, 1]]
+
+
+def test_random_convolutions(recorded):
+    fixture = features(recorded, "rcf.")
+    for match in keys(fixture, r"rcf\.(all|rgb)\.seed(\d+)\.features"):
+        bands, seed = match[1], int(match[2])
+        spec = study("eurosat", "divide", bands=bands, as_published=True)
+        images = probe(fixture, bands)
+        filters = gaussian_filters(images.shape[1], seed=seed, seed_zero_unset=True)
+        model = RandomConvolutions(spec, filters, architecture="rcf", second="negated")
+        fixture.compare(match[0], model(image=images).pooled, 1e-4)
+        fixture.compare(f"rcf.{bands}.seed{seed}.weights_torchgeo05plus", filters, 0)
+    for match in keys(fixture, r"rcf\.(all|rgb)\.seed(\d+)\.weights_manual_seed\d+_first(\d+)"):
+        channels = fixture.tensors[match[0]].shape[1]
+        fixture.compare(match[0], gaussian_filters(channels, seed=int(match[2]))[: int(match[3])], 0)
+
+
+class Toys:
+    """The recorded data set as a source of bands in the order of EuroSAT's files."""
+
+    name = "toys"
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        return {"image": sentinel_2(self.values[index], STATISTICS["eurosat"].channels, "L1C"), "id": str(index)}
+
+
+def test_mosaiks(recorded):
+    fixture = features(recorded, "mosaiks.")
+    toys = Toys(fixture.tensors["mosaiks.toy_dataset"])
+    for match in keys(fixture, r"mosaiks\.(all|rgb)\.features"):
+        bands = match[1]
+        spec, stored = (study("eurosat", name, bands=bands, size=None, as_published=True) for name in ("divide", "none"))
+        count = len(fixture.tensors[f"mosaiks.{bands}.weights"])
+        published = {"count": count, "seed": 42, "last": False}
+        height, width = toys.values.shape[-2:]
+        places = draw_places(len(toys), height, width, **published)
+        fixture.compare(f"mosaiks.{bands}.draws_idx_y_x", torch.from_numpy(places), 0)
+        model = mosaiks(toys, spec, drawn_with=stored, second="negated", allow=SLIP, **published)
+        fixture.compare(f"mosaiks.{bands}.weights", model.filters, 1e-3)
+        fixture.compare(match[0], model(image=probe(fixture, bands)).pooled, 1e-3)
+
+
+def test_probes(recorded):
+    """k-NN and logistic regression of given features; both searches of neighbours."""
+    fixture = recorded(FAMILY, "knn")
+    tensors = {key: tensor.numpy() for key, tensor in fixture.tensors.items()}
+    inputs = [f"{kind}.{name}" for kind, names in (("multiclass", "xy"), ("multilabel", "y")) for name in names]
+    for key in (f"{name}_{part}" for name in inputs for part in ("train", "test")):
+        fixture.input(key)
+    x = {part: tensors[f"multiclass.x_{part}"] for part in ("train", "test")}
+
+    def part(kind: str, name: str) -> Embedded:
+        return Embedded(x[name], tensors[f"{kind}.y_{name}"], [str(row) for row in range(len(x[name]))])
+
+    scaled = Standardiser.fit(x["train"])(x["test"])
+    fixture.compare("multiclass.x_test_scaled", torch.from_numpy(scaled), 1e-5)
+    train, test = part("multiclass", "train"), part("multiclass", "test")
+    for kind, suffix in (("raw", ""), ("scaled", "-standardised")):
+        predict, _ = fit_probe(PROBES[f"knn-5{suffix}/v1"], train)
+        shares = predict(test.features)
+        fixture.compare(f"multiclass.{kind}.proba", torch.from_numpy(shares), 1e-12)
+        fixture.compare(f"multiclass.{kind}.pred", torch.from_numpy(shares.argmax(1)), 0)
+        bank, queries = (x["train"], x["test"]) if kind == "raw" else (Standardiser.fit(x["train"])(x["train"]), scaled)
+        neighbours = nearest(bank, queries, 5, "faiss", "euclidean")[1]
+        voted = knn_shares(train.labels[neighbours], shares.shape[1]).argmax(1)
+        fixture.compare(f"multiclass.{kind}.pred_faiss", torch.from_numpy(voted), 0)
+        outcome = evaluate_features(train, test, f"knn-5{suffix}")
+        names = ["accuracy", *(f"{metric}_{how}" for metric in ("f1", "precision", "recall") for how in AVERAGES)]
+        metrics = torch.tensor([outcome.settings["metrics"][name] for name in names], dtype=torch.float64)
+        fixture.compare(f"multiclass.{kind}.metrics", metrics, 1e-9)
+        predict, settings = fit_probe(PROBES[f"linear-c1{suffix}/v1"], train)
+        probabilities = predict(test.features)
+        # L-BFGS ends where the gradient is small; on features of other scales, where that is depends on the processor's rounding
+        fixture.compare(f"multiclass.{kind}.linear_proba", torch.from_numpy(probabilities), 1e-2 if kind == "raw" else 1e-5)
+        fixture.compare(f"multiclass.{kind}.linear_pred", torch.from_numpy(probabilities.argmax(1)), 0)
+        accuracies = [evaluate_features(train, test, f"linear-{name}{suffix}").value for name in ("c1", "free")]
+        key = f"multiclass.{kind}.linear_acc_l2_then_nopenalty"
+        fixture.compare(key, torch.tensor(accuracies, dtype=torch.float64), 1e-9)
+    train, test = part("multilabel", "train"), part("multilabel", "test")
+    scores = fit_probe(PROBES["multilabel-knn-5-standardised/v1"], train)[0](test.features)
+    fixture.compare("multilabel.scaled.score", torch.from_numpy(scores), 1e-6)
+    fixture.compare("multilabel.scaled.pred", torch.from_numpy((scores > 0.5).astype(int)), 0)
+    found = evaluate_features(train, test, "multilabel-knn-5-standardised").settings["metrics"]
+    names = [*(f"{metric}_{how}" for metric in ("map", "f1") for how in AVERAGES), "accuracy"]
+    fixture.compare("multilabel.scaled.metrics", torch.tensor([found[name] for name in names], dtype=torch.float64), 1e-9)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ class Embedded:
 
     Attributes:
         features: float32 (N, D).
-        labels: int64 (N,), or None where the source has none.
+        labels: int64 (N,), or sets of labels (N, L) of 0 and 1; None where the source has none.
         ids: N names.
         bad: (index in the source, reason) of samples that could not be read; they have no row.
     """
@@ -54,8 +54,9 @@ class Embedded:
         Raises:
             ValueError: no labels, or no class with two samples.
         """
-        if self.labels is None:
-            raise ValueError("these samples have no labels; a part held out by class needs them")
+        if self.labels is None or self.labels.ndim != 1:
+            kind = "no labels" if self.labels is None else "sets of labels"
+            raise ValueError(f"these samples have {kind}; a part held out by class needs one label each")
         held = held_out(self.labels, share, seed)
         return self.take(np.flatnonzero(~held)), self.take(np.flatnonzero(held))
 
@@ -109,6 +110,7 @@ def extract_features(
     progress: Callable[[int, int], None] | None = None,
     layers: Sequence[int] = (),
     read: Callable[[Features], Tensor] | None = None,
+    allow: Mapping[str, str] | None = None,
 ) -> Embedded:
     """`Features.pooled` of every sample, or what else `read` makes of its features, in the order of the source.
 
@@ -123,6 +125,7 @@ def extract_features(
         progress: called with (samples done, samples in total) after each batch.
         layers: blocks that `read` finds in `Features.layers`.
         read: the features of a batch -> (B, D), which is all that is kept of them; None takes `pooled`.
+        allow: of rasters, what the preprocess would refuse and why it may pass; see `okavango.models.raster.plan`.
     Raises:
         ValueError: the backbone has no pooled features, or no sample could be read.
     """
@@ -133,7 +136,7 @@ def extract_features(
         _Readable(source),
         batch_size=batch,
         num_workers=workers,
-        collate_fn=_Collate(model.preprocess, image_modality(model.preprocess)),
+        collate_fn=_Collate(model.preprocess, image_modality(model.preprocess), tuple((allow or {}).items())),
         generator=torch.Generator(),  # so that measuring leaves the global generator of a training run alone
     )
     rows: list[np.ndarray] = []
@@ -211,10 +214,12 @@ class _Readable(Dataset):
 class _Collate:
     preprocess: Preprocess
     modality: str
+    allow: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, samples: Sequence[Any]) -> tuple[dict[str, Tensor], list[tuple[int | None, str]], list[tuple[int, str]]]:
         good = [sample for sample in samples if isinstance(sample, dict)]
-        inputs = self.preprocess(**{self.modality: [sample["image"] for sample in good]}) if good else {}
+        images = {self.modality: [sample["image"] for sample in good]}
+        inputs = self.preprocess(allow=dict(self.allow), **images) if good else {}
         return inputs, [(sample.get("label"), sample["id"]) for sample in good], [s for s in samples if not isinstance(s, dict)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from okavango.data.sources import Part
 from okavango.downstream.classification import knn, linear, logistic, sweep
 from okavango.downstream.classification.features import Embedded, held_out
+from okavango.downstream.classification.probes import PROBES, Probe, class_metrics, fit_probe, precision_interval, set_metrics
 from okavango.models.backbone import Backbone, unknown_name
 
 HELD_OUT = 0.1
@@ -27,22 +29,25 @@ class Outcome:
     """One measurement.
 
     Attributes:
-        metric: "accuracy".
+        metric: "accuracy", or "map_micro" of label sets, the micro-averaged average precision.
         value: 0..1.
-        correct: bool (N,), in the order of the test set.
+        correct: bool (N,), in the order of the test set; of label sets, whether the whole set is right.
         settings: everything that was fixed or chosen, fit for JSON.
+        interval: 95 % bootstrap interval of a value that is not the mean of `correct`, None otherwise.
     """
 
     metric: str
     value: float
     correct: np.ndarray
     settings: dict[str, Any]
+    interval: tuple[float, float] | None = None
 
 
 # of logistic/v1: within half a point of the converged fit also where the penalty is weak
 SOLVER: dict[str, Any] = {"iterations": 300, "tolerance": 1e-5, "dtype": torch.float32}
 
-Predict = Callable[[Embedded], tuple[np.ndarray, dict[str, Any]]]  # classes int (N,), and what else is worth noting
+# classes int (N,), or scores float (N, L) of label sets; and what else is worth noting
+Predict = Callable[[Embedded], tuple[np.ndarray, dict[str, Any]]]
 
 
 def knn_v1(train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
@@ -130,6 +135,18 @@ def _tensors(standardise: logistic.Standardiser, part: Embedded) -> tuple[torch.
     return torch.from_numpy(standardise(part.features)).float(), torch.from_numpy(_labels(part))
 
 
+def _probe(probe: Probe, train: Embedded, seed: int) -> tuple[Predict, dict[str, Any]]:
+    """See `probes`; nothing is chosen and nothing drawn."""
+    scores, settings = fit_probe(probe, train)
+    if probe.label_sets:
+        return lambda test: (scores(test.features), {}), settings
+
+    def predict(test: Embedded) -> tuple[np.ndarray, dict[str, Any]]:
+        return scores(test.features).argmax(axis=1), {}
+
+    return predict, settings
+
+
 Protocol = Callable[[Embedded, int], tuple[Predict, dict[str, Any]]]  # fitted to a training set with a seed
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -137,6 +154,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "logistic/v1": logistic_v1,
     "linear/v1": linear_v1,
     "knn-best/v1": knn_best_v1,
+    **{name: partial(_probe, probe) for name, probe in PROBES.items()},
 }
 
 
@@ -189,12 +207,14 @@ class Fitted:
         protocol: full name.
         width: of the features.
         settings: everything that was fixed or chosen in training.
+        seed: of the interval of label sets.
     """
 
     protocol: str
     width: int
     settings: dict[str, Any]
     predict: Predict = field(repr=False)
+    seed: int = 0
 
     def score(self, test: Embedded) -> Outcome:
         """Measure on a test set, which is never used to choose anything, but by ``knn-best``.
@@ -209,8 +229,23 @@ class Fitted:
                 "extract both with the same model and subnet"
             )
         predicted, noted = self.predict(test)
+        if predicted.ndim == 2:
+            return self._score_sets(_labels(test), predicted)
         correct = predicted == test.labels
+        if self.protocol in PROBES:
+            noted = noted | {"metrics": class_metrics(_labels(test), predicted)}
         return Outcome("accuracy", float(correct.mean()), correct, self.settings | noted)
+
+    def _score_sets(self, labels: np.ndarray, scores: np.ndarray) -> Outcome:
+        if labels.shape != scores.shape or not labels.any():
+            raise ValueError(
+                f"protocol {self.protocol}: {labels.shape[1]} labels in test, {int(labels.sum())} times given, and "
+                f"{scores.shape[1]} in training; they must be the same, and at least one sample must have one"
+            )
+        metrics = set_metrics(labels, scores)
+        interval = precision_interval(labels, scores, self.seed)
+        correct = ((scores > 0.5) == labels).all(axis=1)
+        return Outcome("map_micro", metrics["map_micro"], correct, self.settings | {"metrics": metrics}, interval)
 
 
 def fit(train: Embedded, protocol: str, seed: int = 0) -> Fitted:
@@ -227,7 +262,7 @@ def fit(train: Embedded, protocol: str, seed: int = 0) -> Fitted:
         raise ValueError(f"protocol {name}: takes a backbone and pictures, not features; use fit_sweep")
     _check(name, "training", train)
     predict, settings = PROTOCOLS[name](train, seed)
-    return Fitted(name, train.features.shape[1], settings, predict)
+    return Fitted(name, train.features.shape[1], settings, predict, seed)
 
 
 def evaluate_features(train: Embedded, test: Embedded, protocol: str, seed: int = 0) -> Outcome:
@@ -309,8 +344,15 @@ def _check_labels(protocol: str, what: str, labels: Any) -> None:
         raise ValueError(f"protocol {protocol}: the {what} set has no labels; classification needs them")
     if not len(labels):
         raise ValueError(f"protocol {protocol}: the {what} set is empty")
-    if np.min(labels) < 0:
-        raise ValueError(f"protocol {protocol}: the {what} set has the label {np.min(labels)}; labels count from 0")
+    sets = protocol in PROBES and PROBES[protocol].label_sets
+    if np.ndim(labels) != 1 + sets:
+        kinds = "a class per sample", "a set of labels per sample"
+        other = ", ".join(name for name, probe in PROBES.items() if probe.label_sets != sets)
+        raise ValueError(f"protocol {protocol}: takes {kinds[sets]}, and the {what} set has {kinds[not sets]}; use one of {other}")
+    if np.min(labels) < 0 or (sets and np.max(labels) > 1):
+        worst = np.min(labels) if np.min(labels) < 0 else np.max(labels)
+        counted = "label sets are 0 and 1" if sets else "labels count from 0"
+        raise ValueError(f"protocol {protocol}: the {what} set has the label {worst}; {counted}")
 
 
 def _check(protocol: str, what: str, part: Embedded) -> None:

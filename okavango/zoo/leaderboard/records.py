@@ -194,6 +194,19 @@ def read_records(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list
     return records
 
 
+def published_file(name: str) -> Path:
+    """The file of records that holds the tables of a publication; see the notes of its records for what it was made of.
+
+    Raises:
+        ValueError: there is no such file; the message lists those that there are.
+    """
+    folder = Path(__file__).parent / "published"
+    known = sorted(path.stem for path in folder.glob("*.jsonl"))
+    if name not in known:
+        raise ValueError(f"no published tables {name!r}; there are {', '.join(known)}")
+    return folder / f"{name}.jsonl"
+
+
 def bootstrap(correct: np.ndarray, seed: int, rounds: int = 1000) -> tuple[float, float]:
     """95 % percentile interval of the mean, by resampling (Efron 1979).
 
