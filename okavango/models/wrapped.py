@@ -378,7 +378,7 @@ def _torchvision(name: str, size: Size | None, pretrained: bool | str) -> TorchV
         nodes["encoder.ln" if kind == "vit" else "norm"] = "tokens"
     trunk = create_feature_extractor(network, nodes, suppress_diff_warning=True)
     info = FeatureInfo(linear[last].in_features, len(stages), tuple(widths), tuple(strides), prefix=int(kind == "vit"))
-    spec = _torchvision_spec(weights, size, what)
+    spec = torchvision_spec(weights, size, what)
     return TorchVision(trunk, spec, info, spec.size if kind == "vit" else None, stages, kind)
 
 
@@ -424,7 +424,7 @@ def _probe(network: nn.Module, stages: list[str], channels_last: bool) -> tuple[
     return [stage for stage, _ in found.values()], [channels for _, channels in found.values()], list(found)
 
 
-def _torchvision_spec(weights, size: Size | None, what: str) -> Image:
+def torchvision_spec(weights, size: Size | None, what: str) -> Image:
     if weights is None:
         statistics = Normalise(rule="standard", mean=IMAGENET_MEAN, std=IMAGENET_STD, origin="imagenet-1k train")
         return Image(size=size or (224, 224), resize=Resize(interpolation="bilinear", crop_ratio=224 / 256), normalise=statistics)
