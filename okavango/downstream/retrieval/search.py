@@ -39,7 +39,8 @@ class Nearest:
             nearer = values < self.values[:, -1:]
             if nearer.count_nonzero() > 4 * self.values.numel():  # at the start, or where rows come nearer and nearer
                 nearer = values <= values.kthvalue(min(self.count, len(part)), dim=1, keepdim=True).values
-            self._keep(*nearer.nonzero(as_tuple=True), values)
+            query, row = nearer.nonzero(as_tuple=True)
+            self._keep(query, row, values)
             self.seen += len(part)
 
     def _keep(self, query: Tensor, row: Tensor, values: Tensor) -> None:
