@@ -652,7 +652,7 @@ def _save(objective, optimiser, average, best, recipe, out: Path, done: int, wor
     parts = {part: {name: _full(tensor) for name, tensor in tensors.items()} for part, tensors in parts.items()}
     failed = ""
     if accelerator.is_main_process:
-        meta = {"environment": environment(world), "recipe": _essence(recipe)}
+        meta: dict[str, Any] = {"environment": environment(world), "recipe": _essence(recipe)}
         if best.patience:
             meta["best"] = (best.value, best.step, best.waited)
         if accelerator.scaler is not None:
