@@ -501,9 +501,10 @@ def zoo_verify(checkpoint: Positional[str]) -> None:
         checkpoint: see `evaluate`.
     """
     from okavango.zoo.checkpoint import verify_checkpoint
-    from okavango.zoo.hub import resolve
+    from okavango.zoo.hub import base_of, resolve
 
-    if problems := verify_checkpoint(resolve(checkpoint)):
+    folder = resolve(checkpoint)
+    if problems := verify_checkpoint(folder, base=base_of(folder)):
         raise ValueError("; ".join(problems))
     say(f"{checkpoint} is in order")
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import entry_points
@@ -22,6 +23,11 @@ from okavango.data.sources import Part, Source, cached, open_source
 from okavango.downstream.classification.features import Embedded, extract_features, raw_pixels
 from okavango.downstream.classification.head import Classifier
 from okavango.downstream.classification.protocols import SWEEPS, FittedSweep, Outcome, evaluate_features, fit, fit_sweep, resolve
+from okavango.downstream.retrieval.describe import BackboneDescriber
+from okavango.downstream.retrieval.evaluate import Plan, rank
+from okavango.downstream.retrieval.protocols import Radius
+from okavango.downstream.retrieval.rerankers import mutual_nn
+from okavango.models.adapters import Adapted
 from okavango.models.backbone import ArgumentError, Backbone, Elastic, create_model, latency, unknown_name
 from okavango.models.features import Subnet
 from okavango.models.raster import Bands
@@ -29,8 +35,8 @@ from okavango.pretrain import loop
 from okavango.pretrain.settings import Recipe
 from okavango.recipes import named
 from okavango.scenes import Cut, classify_scene, embed_scene
-from okavango.zoo.checkpoint import file_sha256
-from okavango.zoo.hub import load
+from okavango.zoo.checkpoint import base_problem, file_sha256, read_config, save_checkpoint
+from okavango.zoo.hub import base_of, load
 from okavango.zoo.hub import resolve as resolve_checkpoint
 from okavango.zoo.leaderboard.records import Record, bootstrap, environment, now, read_records, write_record
 from okavango.zoo.loading import load_weights
@@ -115,7 +121,14 @@ def _run(recipe: Recipe, data: str | Source | None, out: Path, say: Say) -> Path
         for block in blocks:
             block.compile()
     card = {"data": source.name, "data_sha256": source.digest, "samples": len(source), "command": command_line()}
-    evaluators = {"knn": OnlineKnn(source, recipe.run.seed)} if recipe.run.eval_every and source.labels is not None else {}
+    evaluators: dict[str, Any] = {}
+    if recipe.run.eval_every and source.labels is not None:
+        evaluators["knn"] = OnlineKnn(source, recipe.run.seed)
+    if recipe.run.eval_every and isinstance(source, Places):
+        evaluators |= validation(recipe, data)
+    base = None
+    if getattr(recipe.objective, "adapters_only", False):
+        base = frozen_base(objective.backbone, recipe.start, out, main=accelerator.is_main_process)
     loop.train(
         objective,
         source,
@@ -125,9 +138,10 @@ def _run(recipe: Recipe, data: str | Source | None, out: Path, say: Say) -> Path
         accelerator=accelerator,
         evaluators=evaluators,
         card=card,
+        base=base,
         say=say,
     )
-    if evaluators and accelerator.is_main_process and (out / "export" / "config.json").exists():
+    if "knn" in evaluators and accelerator.is_main_process and (out / "export" / "config.json").exists():
         _final_record(evaluators["knn"], out, recipe)
     return out
 
@@ -184,6 +198,64 @@ class OnlineKnn:
         backbone = model if isinstance(model, Backbone) else cast(Backbone, model.backbone)
         bank, queries = (extract_features(backbone, part) for part in (self.bank, self.queries))
         return {"accuracy": evaluate_features(bank, queries, "knn/v1").value}
+
+
+class OnlinePlaces:
+    """Recall during a run, on places that are not trained with; with local descriptors also after re-ranking."""
+
+    def __init__(self, places: Places, top: int):
+        self.places, self.top = places, top
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        backbone = cast(Backbone, model)
+        local = bool(self.top) and getattr(backbone, "local", None) is not None
+        plan = Plan(rerank="mutual-nn" if local else "", top=self.top, keep=5, batch=16)
+        database, queries = self.places.parts
+        with tempfile.TemporaryDirectory() as folder:
+            describer = BackboneDescriber(backbone, local=local)
+            reranker = mutual_nn if local else None
+            ranking = rank(describer, database, queries, Radius(), plan, folder, reranker=reranker, say=lambda line: None)[0]
+        recall = ranking.results()["recall"]
+        return {name: recall[name] for name in ("R@5", "R@1") if name in recall}
+
+
+def validation(recipe: Recipe, data: str | Source | None) -> dict[str, OnlinePlaces]:
+    """Where a run of place recognition finds its places for evaluations.
+
+    Raises:
+        ValueError: nowhere.
+    """
+    given, top = getattr(recipe, "val", ""), getattr(recipe, "val_top", 0)
+    found = find_places(given) if given else find_places(data, "val") if isinstance(data, str) else None
+    if given.startswith("samples/"):
+        return {"val": OnlinePlaces(cast(Places, open_source(given)), top)}
+    if found is None:
+        where = f" in {given}" if given else ""
+        raise ValueError(f"--eval-every: no places to measure{where}; give --val FOLDER with database/ and queries/ in it")
+    return {"val": OnlinePlaces(Places(found), top)}
+
+
+def frozen_base(model: Backbone, start: str, out: Path, *, main: bool = True) -> dict[str, Any]:
+    """`base` and `parent` of `save_checkpoint` for an adapted backbone: where its frozen network lies.
+
+    That is the checkpoint that a run starts from; its own base, where it holds only what was trained before; or, where there is no
+    such checkpoint, or it was changed (another input size), one that is written to ``base/`` in the run folder.
+
+    Raises:
+        ValueError: the backbone is not an adapted one.
+    """
+    if not isinstance(model, Adapted):
+        raise ValueError(f"--objective.adapters-only: {model.architecture} is not adapted, there is no frozen network to leave out")
+    if start:
+        folder = resolve_checkpoint(start)
+        own = base_of(folder)
+        name = read_config(folder)["parent"]["name"] if own is not None else start
+        base = own or folder
+        if base_problem(model, base) is None:
+            return {"base": base, "parent": None if Path(name).exists() or Path(folder, name).exists() else {"name": name}}
+    if main and not (out / "base" / "config.json").exists():
+        save_checkpoint(model.backbone, out / "base", card={"title": f"{model.backbone.architecture}, frozen"})
+    return {"base": out / "base", "parent": None}
 
 
 # -- data in two parts ------------------------------------------------------------------------------------------------------

@@ -102,6 +102,35 @@ def test_both_steps_differ_in_the_elastic_branch_only(script):
     assert poa != dinov2 and replace(poa, objective=replace(poa.objective, elastic=False)) == dinov2
 
 
+def test_retrieval_writes_records_and_a_page(script, monkeypatch, tmp_path):
+    module = script("retrieval")
+    monkeypatch.setattr(module, "fresh", lambda function, *arguments: function(*arguments))
+    records = module.main(["--quick", "--parts", "rerank", "describe", "--out", str(tmp_path / "retrieval.jsonl")])
+    assert read_records(tmp_path / "retrieval.jsonl") == records
+    found = {(record.model, record.metric): record.value for record in records}
+    slow, fast = (found[f"re-ranking, {name}", "milliseconds per query"] for name in ("formula", "okavango"))
+    assert found["re-ranking", "time of the formula over ours"] == pytest.approx(slow / fast)
+    assert found["whole re-ranking of 5 candidates", "milliseconds per query"] > 0
+    assert ("describing", "speed of ours over the loop") in found
+    assert "data:image/png;base64," in (tmp_path / "retrieval.html").read_text()
+
+
+def test_what_re_ranking_is_measured_against_counts_by_the_formula(script):
+    module = script("retrieval")
+    query, candidates = module.local_maps(3, 4, 5)
+    for candidate, count in zip(candidates, module.directly(query, candidates).tolist(), strict=True):
+        s = (query @ candidate.T).tolist()
+        nearest = [max(range(16), key=lambda j, i=i: s[i][j]) for i in range(16)]
+        assert count == sum(max(range(16), key=lambda k, j=j: s[k][j]) == i for i, j in enumerate(nearest))
+
+
+def test_a_search_is_the_same_in_processes_of_its_own(script):
+    module = script("retrieval")
+    records = module.search(1, 1, (300, 16, 4, 5), None)
+    assert records[0].settings["same rows as faiss"] == 1.0 and records[0].settings["first is right"] == 1.0
+    assert {record.baseline for record in records} == {"okavango", "faiss"}
+
+
 def test_growth_writes_records_and_a_page_with_a_picture(script, monkeypatch, tmp_path):
     module = script("growth")
     monkeypatch.setattr(module, "GRID", {"width": (64, 128), "batch": (4,)})

@@ -23,9 +23,11 @@ from okavango.downstream.retrieval.head import PlaceRecognition, describe
 from okavango.downstream.retrieval.losses import global_loss, local_loss, similarity
 from okavango.downstream.retrieval.mining import draw, hard_negatives, random_negatives
 from okavango.downstream.retrieval.rerank import match_counts, mutual, rerank
-from okavango.downstream.retrieval.search import recalls, search
+from okavango.downstream.retrieval.search import Nearest, recalls, search
+from okavango.downstream.retrieval.views import Views
 from okavango.models.adapters import adapt
 from okavango.models.backbone import create_model
+from okavango.pretrain import loop
 from okavango.recipes import named
 from okavango.verbs import training_part
 
@@ -113,6 +115,34 @@ def test_search_is_that_of_numpy_in_pieces_of_any_size():
         search(queries, torch.randn(30, 4), 3)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    parts=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    count=st.integers(1, 5),
+    levels=st.sampled_from([2, 1000]),
+)
+def test_nearest_rows_of_many_parts_are_those_of_one_stable_sort(seed, parts, count, levels):
+    """Of whole numbers, so that all distances are exact; with two levels most of them are equal."""
+    rng = np.random.default_rng(seed)
+    queries, database = (rng.integers(0, levels, (size, 3)).astype(np.float64) for size in (4, sum(parts)))
+    count = min(count, len(database))
+    distances = ((queries[:, None] - database) ** 2).sum(2)
+    order = np.argsort(distances, axis=1, kind="stable")[:, :count]
+    nearest = Nearest(torch.from_numpy(queries), count, cells=int(rng.integers(1, 200)))
+    for part in np.split(database, np.cumsum(parts)[:-1]):
+        nearest.look(torch.from_numpy(part))
+    assert np.array_equal(nearest.rows, order)
+    assert np.array_equal(nearest.distances, np.take_along_axis(distances, order, 1))
+
+
+def test_of_equal_rows_the_first_are_found():
+    database = torch.eye(4).repeat(50, 1)  # every row fifty times
+    for cells in (1, 60, 2**20):
+        found, rows = search(torch.eye(4)[:2], database, 5, cells=cells)
+        assert rows.tolist() == [[0, 4, 8, 12, 16], [1, 5, 9, 13, 17]] and not found.any()
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 6), m=st.integers(1, 6))
 def test_matches_are_those_of_a_plain_loop(seed, n, m):
@@ -126,11 +156,26 @@ def test_matches_are_those_of_a_plain_loop(seed, n, m):
     assert counts.tolist() == [len(pairs)] and len(pairs) >= 1
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 30), m=st.integers(1, 30), rows=st.integers(1, 31), kinds=st.integers(1, 6))
+def test_blocks_of_rows_and_equal_cells_change_no_match(seed, n, m, rows, kinds):
+    """Cells of few kinds, of whole numbers: most similarities are equal, and the first of equal ones is the nearest."""
+    rng = np.random.default_rng(seed)
+    table = rng.integers(-2, 3, (kinds, 3)).astype(np.float32)
+    a, b = table[rng.integers(0, kinds, (2, n))], table[rng.integers(0, kinds, (2, m))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reranking, "ROWS", rows)
+        partner, both = mutual(torch.from_numpy(a), torch.from_numpy(b))
+    similarity = a @ b.transpose(0, 2, 1)
+    assert np.array_equal(partner, similarity.argmax(2))
+    assert np.array_equal(both, np.take_along_axis(similarity.argmax(1), partner.numpy(), 1) == np.arange(n))
+
+
 def test_rerank_keeps_the_order_of_equal_counts_and_needs_no_room(monkeypatch):
     local = F.normalize(torch.randn(6, 4, 4, 8), dim=-1)
     candidates = torch.tensor([[5, 0, 3, 3, 1]])
     whole = rerank(local[:1], local, candidates)
-    monkeypatch.setattr(reranking, "CELLS", 1)
+    monkeypatch.setattr(reranking, "ROWS", 3)
     for one, other in zip(whole, rerank(local[:1], local, candidates), strict=True):
         assert torch.equal(one, other)
     order, counts = whole
@@ -261,6 +306,10 @@ def train(folder, out, *, stop: int = 0, **changes):
         if stop and line.startswith(f"step {stop}/"):
             raise Killed  # after the step was made, before its state is saved
 
+    return verbs.finetune("places", data=str(folder), out=out, say=say, **_given(changes))
+
+
+def _given(changes: dict) -> dict:
     given = {
         "model": "vit",
         "model_args": VIT,
@@ -274,7 +323,7 @@ def train(folder, out, *, stop: int = 0, **changes):
         "objective.pool_size": 12,
         "optim.lr": 3e-3,
     }
-    return verbs.finetune("places", data=str(folder), out=out, say=say, **{**given, **changes})
+    return {**given, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +369,157 @@ def test_a_run_learns_and_a_second_stage_goes_on(folder, tmp_path):
     again = ok.load(second / "export")
     assert {name for name, p in again.named_parameters() if p.requires_grad} == set(again.trained())
     assert all(torch.equal(again.backbone.state_dict()[name], tensor) for name, tensor in frozen.items())
+
+
+# -- views, early ends, exports of adapters alone -----------------------------------------------------------------------------
+
+
+def test_views_follow_from_the_seed():
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 24, 32)).astype(np.uint8))
+    views = Views(jitter=(1.0, 0.4, 0.4, 0.2, 0.05), crop=0.5, perspective=0.2)
+    one, same, other = views(image, 1), views(image, 1), views(image, 2)
+    assert one.shape == image.shape and one.dtype == torch.uint8
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert views(image[:1], 1).shape == (1, 24, 32)
+    assert not Views() and torch.equal(Views()(image, 1), image) and views
+    # a crop of half the area shows a ramp of at least half its range, whole pixels keep their order, and nothing is mirrored
+    ramp = torch.arange(0, 256, 8, dtype=torch.uint8).expand(3, 24, 32)
+    for seed in range(20):
+        seen = Views(crop=0.5)(ramp, seed)[0, 0].int()
+        assert (seen.diff() >= 0).all() and 248 * 0.6 < int(seen[-1] - seen[0]) < 248
+        lit = Views(jitter=(1.0, 0.5, 0.0, 0.0, 0.0))(ramp, seed).float().mean() / ramp.float().mean()
+        assert 0.45 < lit < 1.5
+    with pytest.raises(ValueError, match="jitter"):
+        Views(jitter=(2.0, 0, 0, 0, 0))
+    with pytest.raises(ValueError, match="0 < crop"):
+        Views(crop=0.0)
+
+
+def test_each_picture_of_a_triplet_is_changed_by_its_own_seed(folder):
+    source, objective = training_part(str(folder)), head(views=Views(jitter=(1.0, 0.9, 0.9, 0.9, 0.0)))
+    objective.mine(source, 0)
+    sample = objective.samples(source)[0]
+    sample = {**sample, "images": [sample["images"][0]] * 4}
+    transform = objective.transform(objective.backbone.preprocess)
+    changed = transform(sample, seed=5)["image"]
+    assert torch.equal(changed, transform(sample, seed=5)["image"]) and not torch.equal(changed, transform(sample, seed=6)["image"])
+    assert all(not torch.equal(changed[0], changed[k]) for k in (1, 2, 3))
+    plain = head().transform(objective.backbone.preprocess)(sample, seed=5)["image"]
+    assert torch.equal(plain[0], plain[1]) and not torch.equal(plain[0], changed[0])
+
+
+class Falling:
+    """Stands for an evaluation: best at the second time, worse from then on."""
+
+    def __init__(self):
+        self.results = []
+
+    def __call__(self, model):
+        self.results.append(float(model.pool.p))
+        return {"R@5": -abs(len(self.results) - 2.0), "R@1": 1.0}
+
+
+def test_a_run_ends_when_patience_does_and_exports_the_best(folder, tmp_path, monkeypatch):
+    said, evaluations = [], []
+
+    def places(*_):
+        evaluations.append(Falling())
+        return {"val": evaluations[-1]}
+
+    monkeypatch.setattr(verbs, "validation", places)
+    options = {"steps": 30, "eval_every": 2, "patience": 2, "save_every": 3, "optim.lr": 3e-2}
+    run = train(folder, tmp_path / "whole", **options)
+    values = evaluations[0].results
+    assert len(values) == 4  # the second is the best, two more do not beat it
+    assert float(ok.load(run / "export").pool.p) == values[1] != values[3]
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert max(steps) == 7 and (run / "state" / "step-00000008").is_dir()
+    # a run that is over stays so; one that was killed in between ends with the same weights
+    again = verbs.finetune("places", data=str(folder), out=run, say=said.append, **_given(options))
+    assert len(evaluations[1].results) == 0 and any("step 4" in line for line in said)
+    with pytest.raises(Killed):
+        train(folder, tmp_path / "killed", stop=7, **options)
+    monkeypatch.setattr(verbs, "validation", lambda *_: {"val": _resumed(evaluations[0], 3)})
+    train(folder, tmp_path / "killed", **options)
+    ours, theirs = (load_file(path / "export" / "model.safetensors") for path in (again, tmp_path / "killed"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def _resumed(whole: Falling, count: int) -> Falling:
+    evaluation = Falling()
+    evaluation.results = whole.results[:count]
+    return evaluation
+
+
+def test_patience_needs_something_to_wait_for(folder, tmp_path):
+    recipe = named("places", "finetune")
+    with pytest.raises(ValueError, match="give --eval-every as well"):
+        dataclasses.replace(recipe, start="x", run=dataclasses.replace(recipe.run, patience=2)).check()
+    with pytest.raises(ValueError, match="no places to measure"):
+        train(folder, tmp_path / "none", eval_every=2)
+    with pytest.raises(loop.RunError, match="expected one of places_val_R@5, places_val_R@1"):
+        train(folder, tmp_path / "watch", eval_every=2, patience=1, watch="accuracy", val=str(folder / "images" / "train"))
+
+
+def test_recall_on_other_places_during_a_run(folder, tmp_path):
+    run = train(folder, tmp_path / "run", steps=4, eval_every=2, val=str(folder / "images" / "train"), val_top=4)
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    (found,) = [entry for entry in entries if "places_val_R@5" in entry]
+    assert found["step"] == 1 and 0 <= found["places_val_R@1"] <= found["places_val_R@5"] <= 1
+    backbone = ok.load(run / "export")
+    evaluate = verbs.OnlinePlaces(Places(folder / "images" / "train"), 4)
+    ranked = evaluate(backbone)
+    assert ranked.keys() == {"R@5", "R@1"} and ranked == evaluate(backbone)
+
+
+@pytest.mark.parametrize("adapt", ["bottleneck", "lora"])
+def test_a_run_that_exports_adapters_alone(folder, tmp_path, adapt):
+    base = tmp_path / "base"
+    ok.save(create_model("vit", **VIT), str(base))
+    options = {"start": str(base), "model": "", "model_args": {}, "steps": 2, "objective.adapt": adapt}
+    whole = train(folder, tmp_path / "whole", **options)
+    small = train(folder, tmp_path / "small", **options, **{"objective.adapters_only": True})
+    names = set(load_file(small / "export" / "model.safetensors"))
+    assert names and not any(name.startswith("backbone.") and "lora_" not in name for name in names)
+    assert not (small / "export-full").exists() and not (small / "base").exists()
+    one, other = ok.load(whole / "export"), ok.load(small / "export")
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    report = other.load_report
+    assert not report.missing and not report.unexpected and len(report.matched) == len(other.state_dict())
+    assert report.renamed["base/trunk.cls_token"] == "backbone.trunk.cls_token"
+    # a second stage goes on from it, and refers to the same base
+    second = train(folder, tmp_path / "second", **{**options, "start": str(small / "export"), "objective.adapters_only": True})
+    assert json.loads((second / "export" / "config.json").read_text())["parent"]["name"] == "../../base"
+    ok.load(second / "export")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="holds only what was trained on its base.*name it by base="):
+        ok.load(small / "export")
+    assert all(
+        torch.equal(tensor, one.state_dict()[name])
+        for name, tensor in ok.load(small / "export", base=tmp_path / "moved").state_dict().items()
+    )
+    ok.save(create_model("vit", **VIT), str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="the one that was trained on"):
+        ok.load(small / "export", base=tmp_path / "other")
+
+
+def test_adapters_alone_without_a_checkpoint_to_start_from(folder, tmp_path):
+    run = train(folder, tmp_path / "run", steps=2, **{"objective.adapters_only": True})
+    assert json.loads((run / "export" / "config.json").read_text())["parent"]["name"] == "../base"
+    loaded, base = ok.load(run / "export"), ok.load(run / "base")
+    assert all(torch.equal(loaded.backbone.state_dict()[name], tensor) for name, tensor in base.state_dict().items())
+    run.rename(tmp_path / "elsewhere")  # the two lie together, so they move together
+    ok.load(tmp_path / "elsewhere" / "export")
+    # adapters on a whole adapted checkpoint refer to that
+    whole = train(folder, tmp_path / "whole", steps=2)
+    more = train(
+        folder,
+        tmp_path / "more",
+        steps=2,
+        start=str(whole / "export"),
+        model="",
+        model_args={},
+        **{"objective.adapters_only": True},
+    )
+    assert json.loads((more / "export" / "config.json").read_text())["parent"]["name"] == "../../whole/export"
+    ok.load(more / "export")

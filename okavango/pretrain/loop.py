@@ -51,6 +51,7 @@ def train(
     accelerator: Any = None,
     evaluators: Mapping[str, Evaluator] | None = None,
     card: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Run or resume a recipe in a run folder.
@@ -64,6 +65,8 @@ def train(
         accelerator: see `make_accelerator`, made before anything that is random.
         evaluators: name -> function of the exported module, called every `eval_every` steps on the first process.
         card: what the exported checkpoints say of themselves.
+        base: `base` and `parent` of `save_checkpoint`, where the export shall hold only what was trained on a frozen network; what
+            else the objective has is not exported then.
         say: where lines of progress go, on the first process.
 
     Returns:
@@ -84,7 +87,7 @@ def train(
     with state.run_lock(out) if main else nullcontext(), _StopSignal() as stop, ExitStack() as ending:
         try:
             return _train(
-                objective, source, recipe, out, preprocess, accelerator, evaluators or {}, dict(card or {}), say, stop, ending
+                objective, source, recipe, out, preprocess, accelerator, evaluators or {}, dict(card or {}), base, say, stop, ending
             )
         except torch.cuda.OutOfMemoryError as error:
             raise RunError(
@@ -128,19 +131,23 @@ def emulates_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
     return {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(abilities[0]) if abilities else None
 
 
-def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, card, say, stop, ending) -> Path:
+def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, card, base, say, stop, ending) -> Path:
     run, rank, world = recipe.run, accelerator.process_index, accelerator.num_processes
     device, main = accelerator.device, accelerator.is_main_process
     if world > 1 and run.parallel == "fsdp" and getattr(objective, "mine_every", 0):
         raise RunError("--parallel fsdp: this objective chooses its samples with whole weights; use --parallel ddp")
+    if run.patience and not evaluators:
+        raise RunError("--patience: there is nothing to evaluate this run by; leave it off")
+    if run.patience and world > 1 and run.parallel == "fsdp":
+        raise RunError("--patience: keeps whole weights; use --parallel ddp")
     template = copy.deepcopy(objective) if run.parallel == "fsdp" and world > 1 and main else None
     objective = objective.to(device)
     model = _distribute(objective, recipe, accelerator)
     optimiser = Optimiser(objective.param_groups(), recipe.optim, run.steps, run.batch)
     optimiser.adamw = accelerator.prepare_optimizer(optimiser.adamw)
-    average = _Average(objective, recipe.optim.ema)
+    average, best = _Average(objective, recipe.optim.ema), _Best(objective, run)
 
-    start = _resume(objective, optimiser, average, recipe, out, accelerator, say)
+    start = _resume(objective, optimiser, average, best, recipe, out, accelerator, say)
     batches = Batches(
         _mined(objective, source, start),
         objective.transform(preprocess),
@@ -157,7 +164,8 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
     if main:
         state.write_json(out / "recipe.json", dataclasses.asdict(recipe))
     clock, bad_seen = _Clock(), 0
-    loader = ending.enter_context(closing(_batches(objective, source, batches, start, run)))
+    steps = start if best.over else run.steps
+    loader = ending.enter_context(closing(_batches(objective, source, batches, start, steps, run.workers)))
     objective.train()
     done = start
     totals: dict[str, Tensor] = {}
@@ -201,19 +209,26 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
         _check_bad(bad_seen, (done - start) * run.batch // world, run.bad_share, first=step == start)
         if done == 1:
             _first_step(say)
-        if evaluators and run.eval_every and done % run.eval_every == 0 and done < run.steps:
-            with clock.paused():
-                log.write(step, _evaluate(_whole(objective, template, main), evaluators, main), run.steps, say)
+        if evaluators and run.eval_every and done % run.eval_every == 0 and (done < run.steps or run.patience):
+            with clock.paused(), average.applied() if run.patience else nullcontext():
+                results = _evaluate(_whole(objective, template, main), evaluators, main)
+                log.write(step, results, run.steps, say)
+                best.update(results, done, main, device)
         stopping = collectives.any_rank(stop.wanted(), device)
-        if done % run.save_every == 0 or done == run.steps or stopping:
+        if done % run.save_every == 0 or done == run.steps or stopping or best.over:
             with clock.paused():
-                _save(objective, optimiser, average, recipe, out, done, world, accelerator)
+                _save(objective, optimiser, average, best, recipe, out, done, world, accelerator)
+        if best.over:
+            say(f"no better result in {run.patience} evaluations: the run ends at step {done} of {run.steps}")
+            break
         if stopping and done < run.steps:
             say(f"stopped at step {done} of {run.steps}; the same command goes on from there")
             break
-    if done == run.steps:
-        with average.applied():
-            _export(_whole(objective, template, main), out, recipe, card, main)
+    if done == run.steps or best.over:
+        if best.step:
+            say(f"the weights of step {best.step} are exported, the best ones")
+        with best.applied() if best.step else average.applied():
+            _export(_whole(objective, template, main), out, recipe, card, base, main)
         if main:
             learning_curves(out / "log.jsonl", out / "curves.png")
             if hasattr(objective, "after_run"):
@@ -254,20 +269,61 @@ class _Average:
         if self.momentum:
             lerp_parameters(self.mean.values(), self.current.values(), self.momentum)
 
-    @contextmanager
     def applied(self):
         """Averaged weights in place of the trained ones, for a while."""
-        trained = {name: parameter.detach().clone() for name, parameter in self.current.items()}
-        for name, parameter in self.current.items():
-            parameter.data.copy_(self.mean[name])
-        try:
-            yield
-        finally:
-            for name, parameter in self.current.items():
-                parameter.data.copy_(trained[name])
+        return _exchanged(self.current, self.mean)
 
 
-def _resume(objective, optimiser, average, recipe: Recipe, out: Path, accelerator, say) -> int:
+class _Best:
+    """What is trained, and the buffers, as they were at the best evaluation; does nothing without patience.
+
+    Attributes:
+        step: after which that was, 0 before the first; value: its result, on the first process.
+        waited: evaluations since then; over: whether patience has run out.
+    """
+
+    def __init__(self, objective: nn.Module, run: Run):
+        self.patience, self.watch = run.patience, run.watch
+        trained = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
+        self.current: dict[str, Tensor] = {**trained, **dict(objective.named_buffers())} if run.patience else {}
+        self.kept = {name: tensor.detach().clone() for name, tensor in self.current.items()}
+        self.value, self.step, self.waited = -math.inf, 0, 0
+
+    @property
+    def over(self) -> bool:
+        return bool(self.patience) and self.waited >= self.patience
+
+    def update(self, results: Mapping[str, float], step: int, main: bool, device: torch.device) -> None:
+        if not self.patience:
+            return
+        if main and self.watch not in ("", *results):
+            raise RunError(f"--watch {self.watch}: no such result; expected one of {', '.join(results)}")
+        value = results[self.watch or next(iter(results))] if main else -math.inf
+        self.waited += 1
+        if collectives.any_rank(main and value > self.value, device):
+            self.value, self.step, self.waited = value, step, 0
+            for name, tensor in self.current.items():
+                self.kept[name].copy_(tensor.detach())
+
+    def applied(self):
+        """Those weights in place of the last ones, for a while."""
+        return _exchanged(self.current, self.kept)
+
+
+@contextmanager
+def _exchanged(current: Mapping[str, Tensor], others: Mapping[str, Tensor]):
+    """Other values in tensors of the same names, and their own again afterwards."""
+    own = {name: tensor.detach().clone() for name, tensor in current.items()}
+    for name, tensor in current.items():
+        tensor.data.copy_(others[name])
+    try:
+        yield
+    finally:
+        for name, tensor in current.items():
+            tensor.data.copy_(own[name])
+
+
+def _resume(objective, optimiser, average, best, recipe: Recipe, out: Path, accelerator, say) -> int:
     """Put back the newest intact state; returns the step to go on from."""
     found, problems = state.latest_state(out / "state")
     for problem in problems:
@@ -287,6 +343,9 @@ def _resume(objective, optimiser, average, recipe: Recipe, out: Path, accelerato
         _load_into(objective.state_dict(), found.tensors("objective"))
         if average.mean:
             _load_into(average.mean, found.tensors("ema"))
+        if best.patience and "best" in found.meta:
+            _load_into(best.kept, found.tensors("best"))
+            best.value, best.step, best.waited = found.meta["best"]
     optimiser.load_state_tensors(found.tensors("optimiser"))
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(found.meta["gradient_scaler"])
@@ -299,7 +358,8 @@ def _resume(objective, optimiser, average, recipe: Recipe, out: Path, accelerato
 def _essence(recipe: Recipe) -> dict:
     """The part of a recipe that decides the result; the rest may change when a run is resumed."""
     whole = dataclasses.asdict(recipe)
-    whole["run"] = {key: whole["run"][key] for key in ("steps", "batch", "seed", "accumulate", "precision")}
+    stopping = ("patience", "watch", "eval_every") if recipe.run.patience else ("patience",)
+    whole["run"] = {key: whole["run"][key] for key in ("steps", "batch", "seed", "accumulate", "precision", *stopping)}
     return whole
 
 
@@ -412,13 +472,13 @@ def _mined(objective, source: Source, step: int) -> Source:
     return objective.samples(source) if hasattr(objective, "samples") else source
 
 
-def _batches(objective, source: Source, batches: Batches, start: int, run: Run):
-    """(step, micro, batch) from step `start` on; the loader is started anew with each new choice of the objective."""
-    every = getattr(objective, "mine_every", 0) or run.steps
-    for first in range(start - start % every, run.steps, every):
+def _batches(objective, source: Source, batches: Batches, start: int, steps: int, workers: int):
+    """(step, micro, batch) of the steps start .. steps - 1; the loader is started anew with each new choice of the objective."""
+    every = getattr(objective, "mine_every", 0) or max(1, steps)
+    for first in range(start - start % every, steps, every):
         if first > start:
             batches.source = _mined(objective, source, first)
-        with closing(batch_loader(batches, max(first, start), min(first + every, run.steps), workers=run.workers)) as loader:
+        with closing(batch_loader(batches, max(first, start), min(first + every, steps), workers=workers)) as loader:
             yield from loader
 
 
@@ -585,15 +645,19 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _save(objective, optimiser, average, recipe, out: Path, done: int, world: int, accelerator) -> None:
+def _save(objective, optimiser, average, best, recipe, out: Path, done: int, world: int, accelerator) -> None:
     parts = {"objective": objective.state_dict(), "optimiser": optimiser.state_tensors()}
     if average.mean:
         parts["ema"] = average.mean
+    if best.patience:
+        parts["best"] = best.kept
     # Sharded tensors are put together on every rank, the first writes.
     parts = {part: {name: _full(tensor) for name, tensor in tensors.items()} for part, tensors in parts.items()}
     failed = ""
     if accelerator.is_main_process:
-        meta = {"environment": environment(world), "recipe": _essence(recipe)}
+        meta: dict[str, Any] = {"environment": environment(world), "recipe": _essence(recipe)}
+        if best.patience:
+            meta["best"] = (best.value, best.step, best.waited)
         if accelerator.scaler is not None:
             meta["gradient_scaler"] = accelerator.scaler.state_dict()
         try:
@@ -615,8 +679,8 @@ def _whole(objective: nn.Module, template: nn.Module | None, main: bool) -> nn.M
     return objective
 
 
-def _export(objective, out: Path, recipe: Recipe, card: dict, main: bool) -> None:
-    """Checkpoints of what was made: `export/` (one folder per export when there are several) and `export-full/`."""
+def _export(objective, out: Path, recipe: Recipe, card: dict, base: Mapping[str, Any] | None, main: bool) -> None:
+    """Checkpoints of what was made: `export/` (one folder per export when there are several); without a base, `export-full/`."""
     if not main:
         return
     exports = objective.exports()
@@ -626,11 +690,12 @@ def _export(objective, out: Path, recipe: Recipe, card: dict, main: bool) -> Non
         head = module.head_config() if hasattr(module, "head_config") else None
         prefix = module.backbone_prefix if head else ""
         kind = "head" if head else "backbone"
-        save_checkpoint(module, folder, kind=kind, head=head, backbone_prefix=prefix, card={**common, **own})
-    head = objective.head_config() if hasattr(objective, "head_config") else None
-    save_checkpoint(
-        objective, out / "export-full", kind="objective", head=head, card=common, backbone_prefix=objective.backbone_prefix
-    )
+        save_checkpoint(module, folder, kind=kind, head=head, backbone_prefix=prefix, card={**common, **own}, **(base or {}))
+    if base is None:
+        head = objective.head_config() if hasattr(objective, "head_config") else None
+        save_checkpoint(
+            objective, out / "export-full", kind="objective", head=head, card=common, backbone_prefix=objective.backbone_prefix
+        )
 
 
 def learning_curves(log: Path, picture: Path) -> None:

@@ -138,6 +138,10 @@ class Run:
     """steps between lines of log.jsonl"""
     eval_every: int = 0
     """steps between evaluations during the run, 0 for none"""
+    patience: int = 0
+    """evaluations in a row without a better result after which the run ends; the best weights are exported; 0 for never"""
+    watch: str = ""
+    """result that patience looks at, higher is better, named as in log.jsonl; the first one where empty"""
     bad_share: float = 0.01
     """share of unreadable samples above which the run stops"""
     activation_checkpointing: bool = False
@@ -154,10 +158,12 @@ class Run:
     def check(self, prefix: str = "") -> None:
         """Refuse values out of range; see `require`."""
         require(self, prefix, 1, names="steps batch accumulate save_every keep log_every")
-        require(self, prefix, 0, names="epochs seed workers eval_every threads")
+        require(self, prefix, 0, names="epochs seed workers eval_every patience threads")
         require(self, prefix, 0, 1, names="bad_share")
         if self.batch % self.accumulate:
             raise SettingError(f"--batch {self.batch}: expected a multiple of --accumulate {self.accumulate}")
+        if self.patience and not self.eval_every:
+            raise SettingError(f"--patience {self.patience}: counts evaluations, and there are none; give --eval-every as well")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ class State:
     meta: dict
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of one part ("objective", "optimiser", "ema"), on the CPU."""
+        """The tensors of one part ("objective", "optimiser", "ema", "best"), on the CPU."""
         return load_file(self.folder / f"{part}.safetensors")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from okavango.downstream.retrieval.views import Views
 from okavango.pretrain.settings import Optim, Recipe, Run, require
 
 
@@ -193,6 +194,10 @@ class PlaceSettings:
     """of the triplet loss on global descriptors"""
     local_weight: float = 1.0
     """weight of the loss on local matches"""
+    views: Views = field(default_factory=Views)
+    """how training pictures are changed"""
+    adapters_only: bool = False
+    """export what was trained alone; the frozen network is read from the checkpoint that the run started from, or from base/"""
 
     def check(self, prefix: str = "objective.") -> None:
         """Refuse values out of range; see `require`."""
@@ -222,6 +227,7 @@ class PlaceSettings:
             negative_radius=self.negative_radius,
             margin=self.margin,
             local_weight=self.local_weight,
+            views=self.views,
             seed=run.seed,
             workers=run.workers,
         )
@@ -235,6 +241,10 @@ class PlaceRecipe(Recipe):
     """architecture, "" for that of the checkpoint"""
     objective: PlaceSettings = field(default_factory=PlaceSettings)
     """settings of place recognition"""
+    val: str = ""
+    """places that --eval-every measures recall on; images/val or val of --data where empty"""
+    val_top: int = 100
+    """candidates that are ordered anew by local descriptors there, 0 for none"""
 
 
 def places() -> PlaceRecipe:

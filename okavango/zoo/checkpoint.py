@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def load_checkpoint(
         strict: see `load_weights`.
         model: filled instead of a new one; an objective or head takes all tensors of a checkpoint of its kind.
         heads: entry ("module:function") -> function of (backbone, arguments) that builds the head. Only these are ever called.
-        base: folder of the frozen backbone, for a checkpoint that holds only what was trained on it; None takes its parent's name.
+        base: folder of the frozen backbone, for a checkpoint that holds only what was trained on it; see `base_folder`.
     Returns:
         The model in eval mode, with the report also as ``model.load_report``.
     Raises:
@@ -190,9 +190,10 @@ def load_checkpoint(
             tensors = {name: file.get_tensor(name).clone() for name in names if name.startswith(prefix)}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: not a safetensors file ({error}); fetch or save the checkpoint again") from None
-    if config.get("partial"):
-        tensors |= _base_tensors(config["parent"], base)
     rename = {name: name.removeprefix(prefix) for name in tensors} if prefix else {}
+    if config.get("partial"):
+        for name, (place, tensor) in _frozen(base_folder(folder, config, base), config["parent"], tensors).items():
+            tensors[f"base/{name}"], rename[f"base/{name}"] = tensor, place
     try:
         if model is None:
             model, report = _build_and_load(build, tensors, rename, strict)
@@ -208,15 +209,51 @@ def load_checkpoint(
     return model.to(device, dtype).eval(), report
 
 
-def _base_tensors(parent: Mapping[str, str], base: str | os.PathLike | None) -> dict[str, Tensor]:
-    """The frozen backbone's tensors out of the checkpoint that an adapted one was trained on, under their names inside it."""
-    folder = Path(parent["name"] if base is None else base)
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"base {folder}: no checkpoint there; this one holds only what was trained on it, name it by base=")
-    if (found := file_sha256(folder / WEIGHTS)) != parent["sha256"]:
-        raise CheckpointError(f"base {folder}: sha256 {found}; expected {parent['sha256']}, the one that was trained on")
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return {f"backbone.{name}": file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+def base_folder(folder: str | os.PathLike, config: Mapping[str, Any], base: str | os.PathLike | None = None) -> Path:
+    """Where the frozen network of a checkpoint lies that holds only what was trained on it.
+
+    Args:
+        folder: the checkpoint; config: its `config.json`.
+        base: the answer, where the caller knows it; None takes what the checkpoint says, which is a path that starts from `folder`.
+    Raises:
+        CheckpointError: nothing is there.
+    """
+    parent = config["parent"]
+    for found in (Path(folder, parent["name"]), Path(parent["name"])) if base is None else (Path(base),):
+        if (found / WEIGHTS).is_file():
+            return found
+    raise CheckpointError(
+        f"{folder}: holds only what was trained on its base {parent['name']!r} (sha256 {parent['sha256'][:16]}...), and no "
+        f"checkpoint is {'there' if base is None else f'at {base}'}; put it back, or name it by base="
+    )
+
+
+def _frozen(base: Path, parent: Mapping[str, str], own: Iterable[str]) -> dict[str, tuple[str, Tensor]]:
+    """The tensors of a frozen network, and where they stand in a model that was adapted from it.
+
+    Args:
+        base: its checkpoint, or that of a model which was adapted before and holds it; parent: with the sha256 that is expected.
+        own: names of what was trained; a layer with LoRA's updates keeps its own weights one level deeper.
+    Returns:
+        name in the base -> (name in the model, tensor).
+    """
+    if (found := file_sha256(base / WEIGHTS)) != parent["sha256"]:
+        raise CheckpointError(f"base {base}: sha256 {found}; expected {parent['sha256']}, the one that was trained on")
+    prefix = read_config(base)["backbone_prefix"]
+    updated = sorted({name.partition(".lora_")[0] for name in own if ".lora_" in name}, key=len)
+
+    def place(name: str) -> str:
+        name = f"backbone.{name}"
+        for layer in updated:
+            if name.startswith(f"{layer}."):
+                name = f"{layer}.base_layer{name.removeprefix(layer)}"
+        return name
+
+    with safe_open(base / WEIGHTS, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
+        adapted = [name for name in names if name.startswith(f"{prefix}backbone.") and ".lora_" not in name]
+        places = {name: name.removeprefix(prefix) for name in adapted} or {name: place(name.removeprefix(prefix)) for name in names}
+        return {name: (place, file.get_tensor(name).clone()) for name, place in places.items()}
 
 
 def _build_and_load(
@@ -314,11 +351,12 @@ def _digest_problem(stored: Mapping[str, Any], found: Mapping[str, Any]) -> str 
     return None if worst <= limit else f"probe: the output differs by {worst:.3g}; at most {limit:.3g} is allowed"
 
 
-def verify_checkpoint(folder: str | os.PathLike) -> list[str]:
+def verify_checkpoint(folder: str | os.PathLike, *, base: str | os.PathLike | None = None) -> list[str]:
     """All that is wrong with a checkpoint, one line each; empty when it is sound.
 
     Checks that the files are there, the fields of the config, the sha256 of the weights, the card's front matter, that every
-    tensor finds its place in the backbone, and that the backbone answers the probe as it did when it was saved.
+    tensor finds its place in the backbone, and that the backbone answers the probe as it did when it was saved. `base` is that of
+    `load_checkpoint`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -334,7 +372,7 @@ def verify_checkpoint(folder: str | os.PathLike) -> list[str]:
     if damage or problems:
         return problems + ([damage] if damage else [])
     try:
-        backbone, _ = load_checkpoint(folder)
+        backbone, _ = load_checkpoint(folder, base=base)
         probe = config["probe"]
         problem = _digest_problem(probe["output"], _digest(backbone, probe["inputs"], probe["seed"]))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
@@ -375,8 +413,9 @@ def save_checkpoint(
         backbone_prefix: of the backbone's tensors inside an objective or head, e.g. "teacher.backbone.".
         head: ``{"entry": "module:function", "arguments": {...}}``, what rebuilds a head, or an objective, around its backbone.
         extra_config: further fields of `config.json`.
-        base: checkpoint folder of the frozen backbone of an adapted one: only what was trained is written, and `parent` names the
-            base, which loading needs again.
+        base: checkpoint folder of the frozen backbone of an adapted one, or of one that was adapted before from the same: only what
+            was trained is written, and loading needs the base again, by the name in `parent` (by default the way from `folder` to
+            it) and its sha256.
     Returns:
         The folder.
     Raises:
@@ -385,9 +424,11 @@ def save_checkpoint(
     folder = Path(folder)
     whole = model.state_dict()
     if base is not None:
-        parent = {"name": os.fspath(base), "sha256": file_sha256(Path(base) / WEIGHTS)}
+        if problem := base_problem(model, base):
+            raise CheckpointError(f"{problem}; save it without base=")
+        parent = {"name": os.path.relpath(base, folder), **(parent or {}), "sha256": file_sha256(Path(base) / WEIGHTS)}
         extra_config = {**(extra_config or {}), "partial": True}
-        whole = _without_base(model, parent)
+        whole = dict(model.trained())  # type: ignore[operator]
     config = _config(model, kind, parent, subnet, backbone_prefix, head, extra_config or {})
     _refuse_foreign(folder)
     tensors = {}
@@ -409,7 +450,7 @@ def save_checkpoint(
             }
             (staging / CARD).write_text(render_card({"title": folder.name, **(card or {})}, config), encoding="utf-8")
             _write_json(staging / CONFIG, config)
-            backbone, _ = load_checkpoint(staging)
+            backbone, _ = load_checkpoint(staging, base=base)
             config["probe"]["output"] = _digest(backbone, config["probe"]["inputs"], config["probe"]["seed"])
             _write_json(staging / CONFIG, config)
             replace_folder(staging, folder)
@@ -418,17 +459,21 @@ def save_checkpoint(
     return folder
 
 
-def _without_base(model: nn.Module, parent: Mapping[str, str]) -> dict[str, Tensor]:
-    """What an adapted backbone has beside its base, once all of the rest is known to be the base's."""
+def base_problem(model: nn.Module, base: str | os.PathLike) -> str | None:
+    """Why a checkpoint is not the frozen network of an adapted backbone, in one line; None when it is.
+
+    Args:
+        model: with a method `trained`, see `okavango.models.adapters.Adapted`; base: the checkpoint's folder.
+    """
     trained: Any = getattr(model, "trained", None)
     if trained is None:
-        raise CheckpointError(f"{type(model).__name__}: is not an adapted backbone; save it without base=")
-    frozen, own = _base_tensors(parent, None), dict(trained())
-    tensors = model.state_dict()
+        return f"{type(model).__name__}: is not an adapted backbone"
+    own, tensors = dict(trained()), model.state_dict()
+    frozen = dict(_frozen(Path(base), {"sha256": file_sha256(Path(base) / WEIGHTS)}, own).values())
     for name in tensors.keys() - own.keys():
         if name not in frozen or not torch.equal(frozen[name], tensors[name].detach().cpu()):
-            raise CheckpointError(f"{type(model).__name__}: {name!r} is not that of {parent['name']}; save it without base=")
-    return own
+            return f"{type(model).__name__}: {name!r} is not that of {os.fspath(base)}"
+    return None
 
 
 def _config(model, kind, parent, subnet, prefix, head, extra) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def load(
     revision: str | None = None,
     cache: str | os.PathLike | None = None,
     heads: None = None,
+    base: str | os.PathLike | None = None,
 ) -> Backbone: ...
 
 
@@ -73,6 +74,7 @@ def load(
     revision: str | None = None,
     cache: str | os.PathLike | None = None,
     heads: Mapping[str, Callable[..., nn.Module]] | None,
+    base: str | os.PathLike | None = None,
 ) -> nn.Module: ...
 
 
@@ -86,22 +88,53 @@ def load(
     revision: str | None = None,
     cache: str | os.PathLike | None = None,
     heads: Mapping[str, Callable[..., nn.Module]] | None = None,
+    base: str | os.PathLike | None = None,
 ) -> nn.Module:
     """The model of a checkpoint, in eval mode, with a `LoadReport` as ``model.load_report``.
 
     Args:
         spec, offline, revision, cache: see `resolve`.
         device, dtype, strict, heads: see `okavango.zoo.checkpoint.load_checkpoint`.
+        base: see `base_of`.
     Raises:
         HubError: it cannot be found or fetched.
         CheckpointError: it is damaged or does not fit.
     """
-    from okavango.zoo.checkpoint import load_checkpoint, read_config
+    from okavango.zoo.checkpoint import load_checkpoint
 
     folder = resolve(spec, offline=offline, revision=revision, cache=cache)
-    config = read_config(folder)
-    base = resolve(config["parent"]["name"], offline=offline, cache=cache) if config.get("partial") else None
+    base = base_of(folder, base, offline=offline, cache=cache)
     return load_checkpoint(folder, device=device, dtype=dtype, strict=strict, heads=heads, base=base)[0]
+
+
+def base_of(
+    folder: Path, base: str | os.PathLike | None = None, *, offline: bool = False, cache: str | os.PathLike | None = None
+) -> Path | None:
+    """The frozen network's checkpoint, where a checkpoint holds only what was trained on it; None where it holds all, or is none.
+
+    Args:
+        folder: the checkpoint.
+        base: what `resolve` takes, where the frozen network is not where the checkpoint says.
+        offline, cache: see `resolve`.
+    Raises:
+        HubError, CheckpointError: it cannot be found.
+    """
+    from okavango.zoo.checkpoint import CheckpointError, base_folder, read_config
+
+    try:
+        config = read_config(folder)
+    except CheckpointError:
+        return None  # whoever reads it next says so
+    if not config.get("partial"):
+        return None
+    if base is None and Path(folder, config["parent"]["name"]).is_dir():
+        return base_folder(folder, config)
+    try:
+        return base_folder(folder, config, resolve(base or config["parent"]["name"], offline=offline, cache=cache))
+    except HubError as error:
+        raise HubError(
+            f"{folder}: holds only what was trained on its base, which cannot be found ({error}); name it by base="
+        ) from None
 
 
 def resolve(
@@ -474,7 +507,7 @@ def push(
 
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", repo):
         raise HubError(f"repository {repo!r}: expected org/name")
-    problems = verify_checkpoint(folder)
+    problems = verify_checkpoint(folder, base=base_of(Path(folder)))
     if problems:
         more = f" (and {len(problems) - 1} more, see `okavango zoo verify`)" if len(problems) > 1 else ""
         raise HubError(f"not pushed: {problems[0]}{more}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,28 +22,25 @@ PUBLISHED_RESIZE = Resize(rule="exact", interpolation="bilinear", antialias=Fals
 SKIP = {"*mask_token": "not used by the method"}
 _PRESETS = {(384, 12): selavpr_vit_small, (768, 12): selavpr_vit_base, (1024, 24): selavpr_vit_large}
 
-_FROM = (
-    (r"^backbone\.blocks\.(\d+)\.adapter1\.D_fc1\.", r"adapters.trunk-blocks-\1-attn.down."),
-    (r"^backbone\.blocks\.(\d+)\.adapter1\.D_fc2\.", r"adapters.trunk-blocks-\1-attn.up."),
-    (r"^backbone\.blocks\.(\d+)\.adapter2\.D_fc1\.", r"adapters.trunk-blocks-\1-mlp.down."),
-    (r"^backbone\.blocks\.(\d+)\.adapter2\.D_fc2\.", r"adapters.trunk-blocks-\1-mlp.up."),
-    (r"^backbone\.register_tokens$", "backbone.trunk.reg_token"),
-    (r"^backbone\.", "backbone.trunk."),
-    (r"^aggregation\.1\.p$", "pool.p"),
-    (r"^LocalAdapt\.upconv1\.", "local.convs.0."),
-    (r"^LocalAdapt\.upconv2\.", "local.convs.1."),
+_NAMES = (  # official -> ours, by the start of a name; N is a number
+    ("backbone.blocks.N.adapter1.D_fc1.", "adapters.trunk-blocks-N-attn.down."),
+    ("backbone.blocks.N.adapter1.D_fc2.", "adapters.trunk-blocks-N-attn.up."),
+    ("backbone.blocks.N.adapter2.D_fc1.", "adapters.trunk-blocks-N-mlp.down."),
+    ("backbone.blocks.N.adapter2.D_fc2.", "adapters.trunk-blocks-N-mlp.up."),
+    ("backbone.register_tokens", "backbone.trunk.reg_token"),
+    ("backbone.", "backbone.trunk."),
+    ("aggregation.1.p", "pool.p"),
+    ("LocalAdapt.upconv1.", "local.convs.0."),
+    ("LocalAdapt.upconv2.", "local.convs.1."),
 )
-_TO = (
-    (r"^adapters\.trunk-blocks-(\d+)-attn\.down\.", r"backbone.blocks.\1.adapter1.D_fc1."),
-    (r"^adapters\.trunk-blocks-(\d+)-attn\.up\.", r"backbone.blocks.\1.adapter1.D_fc2."),
-    (r"^adapters\.trunk-blocks-(\d+)-mlp\.down\.", r"backbone.blocks.\1.adapter2.D_fc1."),
-    (r"^adapters\.trunk-blocks-(\d+)-mlp\.up\.", r"backbone.blocks.\1.adapter2.D_fc2."),
-    (r"^backbone\.trunk\.reg_token$", "backbone.register_tokens"),
-    (r"^backbone\.trunk\.", "backbone."),
-    (r"^pool\.p$", "aggregation.1.p"),
-    (r"^local\.convs\.0\.", "LocalAdapt.upconv1."),
-    (r"^local\.convs\.1\.", "LocalAdapt.upconv2."),
-)
+
+
+def _rule(old: str, new: str) -> tuple[str, str]:
+    return "^" + re.escape(old).replace("N", r"(\d+)"), new.replace("N", r"\1")
+
+
+_FROM = tuple(_rule(theirs, ours) for theirs, ours in _NAMES)
+_TO = tuple(_rule(ours, theirs) for theirs, ours in _NAMES)
 
 
 def from_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

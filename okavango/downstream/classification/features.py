@@ -132,13 +132,8 @@ def extract_features(
     if device is not None:
         model.to(device)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    loader = DataLoader(
-        _Readable(source),
-        batch_size=batch,
-        num_workers=workers,
-        collate_fn=_Collate(model.preprocess, image_modality(model.preprocess), tuple((allow or {}).items())),
-        generator=torch.Generator(),  # so that measuring leaves the global generator of a training run alone
-    )
+    collate = _Collate(model.preprocess, image_modality(model.preprocess), tuple((allow or {}).items()))
+    loader = read_batches(source, batch, workers, collate)
     rows: list[np.ndarray] = []
     labels: list[int | None] = []
     ids: list[str] = []
@@ -192,6 +187,21 @@ def raw_pixels(source: Any, size: int | tuple[int, int], channels: int = 3) -> E
         labels.append(sample.get("label"))
         ids.append(sample["id"])
     return _embedded(source, rows, labels, ids, bad)
+
+
+def read_batches(source: Any, batch: int, workers: int, collate: Callable[[Sequence[Any]], Any] = list) -> DataLoader:
+    """All samples in the order of the source, or (index, reason) of those that cannot be read, batch by batch through `collate`.
+
+    Args:
+        workers: processes that read and collate; 0 does it here.
+    """
+    return DataLoader(
+        _Readable(source),
+        batch_size=batch,
+        num_workers=workers,
+        collate_fn=collate,
+        generator=torch.Generator(),  # so that measuring leaves the global generator of a training run alone
+    )
 
 
 class _Readable(Dataset):

@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import count
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
 from okavango.data.loading import derive
-from okavango.data.sources import BadSample, Source
-from okavango.downstream.classification.features import evaluating, image_modality
+from okavango.data.sources import Source
+from okavango.downstream.classification.features import evaluating, image_modality, read_batches
 from okavango.downstream.retrieval.head import descriptors
 from okavango.downstream.retrieval.store import DescriptorStore, content_key
 from okavango.models.backbone import Backbone
@@ -163,8 +163,8 @@ def describe_source(
     ids: list[str] = []
     index: list[int] = []
     bad: list[tuple[int, str]] = []
-    for samples in _batches(source, batch, workers):
-        good = [sample for sample in samples if len(sample) == 4]
+    for first, samples in zip(count(0, batch), read_batches(source, batch, workers, _with_keys), strict=False):
+        good = [(number, *sample) for number, sample in enumerate(samples, first) if len(sample) == 3]
         bad += [sample for sample in samples if len(sample) == 2]
         new = {key: image for _, _, key, image in good if key not in store}
         if new:
@@ -187,32 +187,16 @@ def described(
     Args:
         bad: receives (number in the source, reason) of pictures that cannot be read.
     """
-    for samples in _batches(source, batch, workers):
-        good = [sample for sample in samples if len(sample) == 4]
-        bad += [sample for sample in samples if len(sample) == 2]
+    for samples in read_batches(source, batch, workers):
+        good = [sample for sample in samples if isinstance(sample, dict)]
+        bad += [sample for sample in samples if not isinstance(sample, dict)]
         if good:
-            yield [id for _, id, _, _ in good], describer([image for *_, image in good])[0].cpu().numpy()
+            yield [sample["id"] for sample in good], describer([sample["image"] for sample in good])[0].cpu().numpy()
 
 
-def _batches(source: Source, batch: int, workers: int) -> Iterable[list[tuple]]:
-    return DataLoader(_Keyed(source), batch_size=batch, num_workers=workers, collate_fn=list, generator=torch.Generator())
-
-
-class _Keyed(Dataset):
-    """(number, id, key, image) of a picture, or (number, reason)."""
-
-    def __init__(self, source: Source):
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, number: int) -> tuple:
-        try:
-            sample = self.source[number]
-        except BadSample as error:
-            return number, str(error)
-        return number, sample["id"], content_key(sample["image"]), sample["image"]
+def _with_keys(samples: Sequence[Any]) -> list[tuple]:
+    """(id, key, image) of each picture; (index, reason) of those that could not be read stays."""
+    return [(s["id"], content_key(s["image"]), s["image"]) if isinstance(s, dict) else s for s in samples]
 
 
 def cell_centres(height: int, width: int, *, upsampled: bool) -> np.ndarray:

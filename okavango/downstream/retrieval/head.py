@@ -17,6 +17,7 @@ from okavango.data.sources import Part, Source
 from okavango.downstream.classification.features import evaluating, extract_features, image_modality
 from okavango.downstream.retrieval.losses import global_loss, local_loss
 from okavango.downstream.retrieval.mining import best_positives, draw, hard_negatives, random_negatives
+from okavango.downstream.retrieval.views import Views
 from okavango.models.backbone import Backbone, Inputs
 from okavango.models.features import Features, Subnet
 from okavango.models.preprocess import Preprocess
@@ -68,6 +69,7 @@ class PlaceRecognition(nn.Module):
         local_weight: factor on the latter.
         single_by_place: see `okavango.downstream.retrieval.losses.similarity`.
         aligned: see `okavango.data.places.neighbourhoods`.
+        views: how each picture of a triplet is changed, by a seed of its own; mining sees them as they are.
         seed: of the order of queries and of the draws.
         workers: processes that read pictures for mining.
     Raises:
@@ -92,6 +94,7 @@ class PlaceRecognition(nn.Module):
         local_weight: float = 1.0,
         single_by_place: bool = False,
         aligned: bool = True,
+        views: Views | None = None,
         seed: int = 0,
         workers: int = 0,
     ):
@@ -106,7 +109,7 @@ class PlaceRecognition(nn.Module):
         self.batch, self.mine_every, self.mining, self.pool, self.negatives = batch, mine_every, mining, pool, negatives
         self.positive_radius, self.negative_radius = positive_radius, negative_radius
         self.margin, self.local_margin, self.local_weight = margin, local_margin, local_weight
-        self.single_by_place, self.aligned, self.seed, self.workers = single_by_place, aligned, seed, workers
+        self.single_by_place, self.aligned, self.views, self.seed, self.workers = single_by_place, aligned, views, seed, workers
         self.modality = image_modality(backbone.preprocess)
         self.backbone = backbone
         self.register_buffer("triplets", torch.zeros(mine_every * batch, 2 + negatives, dtype=torch.int64))
@@ -191,8 +194,8 @@ class PlaceRecognition(nn.Module):
     # -- the rest of the objective contract -----------------------------------------------------------------------------------
 
     def transform(self, preprocess: Preprocess) -> TripletTransform:
-        """The checkpoint's own preprocess for each picture of a triplet; a picklable value for loader workers."""
-        return TripletTransform(preprocess, self.modality)
+        """Views, and the checkpoint's own preprocess, for each picture of a triplet; a picklable value for loader workers."""
+        return TripletTransform(preprocess, self.modality, self.views or None)
 
     def collate(self, samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Tensor]:
         """Transformed samples -> {modality: float32 (B * (2 + negatives), C, H, W)}; `seed` is not used."""
@@ -248,15 +251,19 @@ class Triplets:
 
 @dataclass(frozen=True)
 class TripletTransform:
-    """Each picture of a group as `preprocess` has it.
+    """Each picture of a group, changed by `views`, as `preprocess` has it.
 
     Attributes:
-        preprocess: of the backbone; modality: which of its inputs gets the pictures.
+        preprocess: of the backbone; modality: which of its inputs gets the pictures; views: None leaves them as they are.
     """
 
     preprocess: Preprocess
     modality: str
+    views: Views | None = None
 
     def __call__(self, sample: Mapping[str, Any], seed: int) -> dict[str, Any]:
-        """{"images": [...], "id"} -> {modality: float32 (2 + negatives, C, H, W), "id"}; `seed` is not used."""
-        return {**self.preprocess(**{self.modality: sample["images"]}), "id": sample.get("id", "?")}
+        """{"images": [...], "id"} -> {modality: float32 (2 + negatives, C, H, W), "id"}."""
+        images = sample["images"]
+        if self.views is not None:
+            images = [self.views(image, derive(seed, "view", number)) for number, image in enumerate(images)]
+        return {**self.preprocess(**{self.modality: images}), "id": sample.get("id", "?")}

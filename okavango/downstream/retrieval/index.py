@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from okavango.downstream.retrieval import search as exact
+from okavango.downstream.retrieval.search import Nearest
 from okavango.downstream.retrieval.store import write_whole
 from okavango.zoo.checkpoint import file_sha256
 
 FORMAT_VERSION = 1
 STORAGE = ("float32", "float16", "int8")
 PART = 2**16  # rows of a part: 256 MiB at 1024 numbers
+PORTION = 2**13  # rows that are read at once
 TRAINING = 2**18  # rows at most that an approximate index, PCA or whitening is fitted to
 
 
@@ -121,10 +122,13 @@ class Index:
         return sum(facts["bytes"] for facts in self.config["files"].values()) / max(1, len(self))
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """Stored descriptors, float32 (n, width after projection), part by part."""
+        """Stored descriptors, float32 (n, width after projection), `PORTION` rows at most at a time, in order."""
         for part in range(len(self.config["parts"])):
-            rows = np.load(self.folder / f"vectors-{part:05d}.npy", mmap_mode="r", allow_pickle=False)
-            yield rows * self._array(f"scales-{part:05d}") if self.config["storage"] == "int8" else np.array(rows, np.float32)
+            stored = np.load(self.folder / f"vectors-{part:05d}.npy", mmap_mode="c", allow_pickle=False)
+            scales = self._array(f"scales-{part:05d}") if self.config["storage"] == "int8" else None
+            for first in range(0, len(stored), PORTION):
+                rows = torch.from_numpy(stored[first : first + PORTION]).float()  # torch is quicker at this than numpy
+                yield rows.numpy() if scales is None else rows.numpy() * scales[first : first + PORTION]
 
     def search(self, queries: np.ndarray, count: int, *, exactly: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The nearest rows of each query by Euclidean distance.
@@ -148,18 +152,10 @@ class Index:
         return np.where(rows < 0, np.inf, distances), rows
 
     def _exact(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        wanted, first = torch.from_numpy(np.ascontiguousarray(queries)), 0
-        best: tuple[torch.Tensor, torch.Tensor] | None = None
+        nearest = Nearest(torch.from_numpy(np.ascontiguousarray(queries)), count)
         for chunk in self.chunks():
-            distances, rows = exact.search(wanted, torch.from_numpy(chunk), count)
-            rows = rows + first
-            if best is not None:
-                distances, rows = torch.cat([best[0], distances], 1), torch.cat([best[1], rows], 1)
-            distances, order = distances.sort(dim=1, stable=True)  # earlier parts come first, so lower rows do
-            best = distances[:, :count], rows.gather(1, order)[:, :count]
-            first += len(chunk)
-        assert best is not None
-        return best[0].numpy(), best[1].numpy()
+            nearest.look(torch.from_numpy(chunk))
+        return nearest.distances.numpy(), nearest.rows.numpy()
 
     def recall(self, queries: np.ndarray, count: int = 10) -> float:
         """Share of the `count` truly nearest rows that a search finds, over all queries; 1 for an exact index."""

@@ -2,30 +2,64 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-CELLS = 2**27  # entries of the similarity matrices that are held at once: half a GiB
+CELLS = 2**27  # entries of the similarity matrices that an accelerator holds at once: half a GiB
+ROWS = 96  # of a similarity matrix that a processor makes and looks through while they are in its cache
 
 
 @torch.no_grad()
 def mutual(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Which local descriptors are each other's nearest.
+    """Which local descriptors are each other's nearest; of equally near ones, the first is.
 
     Args:
         a: (B, n, C), b: (B, m, C), unit length.
     Returns:
         partner, int64 (B, n): the nearest of b for each of a; and bool (B, n): whether that one's nearest of a is this one.
     """
-    partners, both = [], []
-    rows = torch.arange(a.shape[1], device=a.device)
-    step = max(1, CELLS // (a.shape[1] * b.shape[1]))
-    for one, other in zip(a.split(step), b.split(step), strict=True):
-        similarity = one @ other.transpose(1, 2)
-        partner = similarity.argmax(2)
-        partners.append(partner)
-        both.append(similarity.argmax(1).gather(1, partner) == rows)
-    return torch.cat(partners), torch.cat(both)
+    on_cpu = a.device.type == "cpu"
+    step = 1 if on_cpu else max(1, CELLS // (a.shape[1] * b.shape[1]))
+    match = _match_on_cpu if on_cpu else _match
+    found = [match(one, other) for one, other in zip(a.split(step), b.split(step), strict=True)]
+    partners, both = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return partners, both
+
+
+def _match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    similarity = a @ b.transpose(1, 2)
+    partner = similarity.argmax(2)
+    return partner, similarity.argmax(1).gather(1, partner) == torch.arange(a.shape[1], device=a.device)
+
+
+def _match_on_cpu(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """One pair, (1, n, C) and (1, m, C), in blocks of `ROWS` of its similarities, each of which is gone through in the cache.
+
+    The product is most of the work then: maxima are found by numpy's vector instructions, which torch does not use for their
+    places, and the place of a column's maximum is only asked for where a row has its own maximum in it.
+    """
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    queries, cells = a[0].to(dtype), b[0].to(dtype).T
+    block = torch.empty(min(ROWS, len(queries)), cells.shape[1], dtype=dtype)
+    greatest = torch.full(cells.shape[1:], -torch.inf, dtype=dtype).numpy()  # of each column, in the blocks so far
+    nearest = np.full(cells.shape[1], -1)  # its row, where that row's maximum is in this column
+    partner = np.empty(len(queries), np.int64)
+    equal = np.empty(block.shape, bool)
+    for first in range(0, len(queries), ROWS):
+        rows = queries[first : first + ROWS]
+        similarity = torch.mm(rows, cells, out=block[: len(rows)]).numpy()
+        partner[first : first + ROWS] = own = similarity.argmax(1)
+        top = similarity.max(0)
+        new = np.where(top > greatest, -1, nearest)  # an earlier row keeps a column that it has with an equal value
+        if np.count_nonzero(np.equal(similarity, top, out=equal[: len(rows)])) == len(top):
+            found = np.flatnonzero((similarity[np.arange(len(rows)), own] == top[own]) & (top > greatest)[own])
+            new[own[found]] = found + first
+        else:  # a maximum stands in several rows: the first counts
+            new = np.where(top > greatest, similarity.argmax(0) + first, nearest)
+        nearest, greatest = new, np.maximum(greatest, top)
+    both = nearest[partner] == np.arange(len(queries))
+    return torch.from_numpy(partner)[None], torch.from_numpy(both)[None]
 
 
 def match_counts(query: Tensor, candidates: Tensor, *, single_is_none: bool = False) -> Tensor:
@@ -37,9 +71,7 @@ def match_counts(query: Tensor, candidates: Tensor, *, single_is_none: bool = Fa
     Returns:
         int64 (K,), at least 1 unless `single_is_none`: the greatest similarity of all is always mutual.
     """
-    step = max(1, CELLS // (len(query) * candidates.shape[1]))
-    parts = candidates.split(step)  # here, so that the query is not repeated for all of them at once
-    counts = torch.cat([mutual(query.expand(len(part), -1, -1), part)[1].sum(1) for part in parts])
+    counts = mutual(query.expand(len(candidates), -1, -1), candidates)[1].sum(1)
     return torch.where(counts == 1, 0, counts) if single_is_none else counts
 
 

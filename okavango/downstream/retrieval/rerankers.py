@@ -20,7 +20,7 @@ from okavango.downstream.retrieval.rerank import match_counts, mutual
 from okavango.models.backbone import unknown_name
 
 Reranker = Callable[[Tensor, Tensor], Tensor]  # (H, W, C), (K, H', W', C), unit length -> scores (K,)
-ROOM = 2**28  # bytes of candidates' local descriptors that are held at once
+ROOM = 2**26  # bytes of candidates' local descriptors that are held at once
 TOLERANCE = 1.5  # cells that a match may lie off the homography
 
 
