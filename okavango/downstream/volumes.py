@@ -1,4 +1,4 @@
-"""What the heads for volumes share: samples for training, batches of studies with any subset of sequences, specs of whole volumes."""
+"""What the heads for volumes share: samples for training, batches of studies with any subset of sequences, whole volumes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class StudyTransform:
 
 
 def cut_out(sample: Mapping[str, Any], size: tuple[int, int, int], seed: int) -> dict[str, Any]:
-    """A window of a prepared study, in an even share of the seeds around a voxel of its "seg"; padded with 0 where it is smaller."""
+    """A window of a prepared study, for half of the seeds around a voxel of its "seg"; padded with 0 where it is smaller."""
     geometry, rng = sample["geometry"], np.random.default_rng([seed, 1])
     grid = geometry.size
     # Smaller volumes lie anywhere in the window, larger ones have it anywhere inside.

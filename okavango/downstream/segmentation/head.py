@@ -26,8 +26,8 @@ class Segmenter(StudyObjective):
 
     A backbone of tokens gets a UNETR decoder, whose first block reads the volumes themselves: sequences that a study lacks are
     zeros there (the mean of a normalised volume, and its background), and are left out of the averaged hidden states. With
-    `modalities`, the decoder is built for those sequences alone, as the published one is. A backbone with maps of full size, such as
-    MONAI's networks, gets a convolution of 1 x 1 x 1.
+    `modalities`, the decoder is built for those sequences alone, as the published one is. A backbone with maps of full size, such
+    as MONAI's networks, gets a convolution of 1 x 1 x 1.
 
     Args:
         backbone: of volumes, all on one grid.
