@@ -347,12 +347,12 @@ def zoo_export(checkpoint: Positional[str], out: Path, subnet: str = "") -> None
 def zoo_convert(
     weights: Positional[Path],
     out: Path,
-    family: Literal["poa", "selavpr"] = "poa",
+    family: Literal["poa", "selavpr", "bm_mae"] = "poa",
     image_size: int = 224,
     patch_size: int = 16,
     head_dim: int = 64,
 ) -> None:
-    """Turn a published checkpoint, a teacher of POA (ViT, Swin or ResNet) or a SelaVPR, into a zoo checkpoint.
+    """Turn a published checkpoint, a teacher of POA (ViT, Swin or ResNet), a SelaVPR or a BM-MAE, into a zoo checkpoint.
 
     Args:
         weights: .safetensors or .pth file; a pickle is read with weights_only.
@@ -370,6 +370,17 @@ def zoo_convert(
         adapted, report = selavpr.read_official(weights, image_size=image_size, head_dim=head_dim)
         save_checkpoint(adapted, out, card={"converted from": weights.name})
         say(f"{report}\nthe model is in {out}")
+        return
+    if family == "bm_mae":
+        from okavango.pretrain.objectives.bm_mae import MaskedModalities
+        from okavango.zoo import bm_mae
+
+        network, report = bm_mae.read_official(weights, objective=MaskedModalities)
+        whole: dict[str, Any] = {}
+        if isinstance(network, MaskedModalities):
+            whole = {"kind": "objective", "head": network.head_config(), "backbone_prefix": network.backbone_prefix}
+        save_checkpoint(network, out, card={"licence": bm_mae.LICENCE, "converted from": weights.name}, **whole)
+        say(f"{report}\nthe model is in {out}; its licence is CC BY-NC 4.0, not for commercial use")
         return
     from okavango.zoo.poa import read_official
 

@@ -112,7 +112,9 @@ def test_other_libraries_by_prefix():
 def test_the_published_catalogue_is_sound():
     for name, entry in CATALOGUE.items():
         assert name == entry.name == f"{entry.architecture}.{entry.tag}" and entry.architecture in architectures()
-        if entry.folder is None:
+        if not entry.source:
+            assert entry.licence and "convert" in entry.note
+        elif entry.folder is None:
             assert re.fullmatch("[0-9a-f]{64}", entry.sha256) and entry.licence and entry.bytes
         elif entry.available:
             assert verify_checkpoint(entry.folder) == [] and licence_of(entry) not in ("", "unknown")

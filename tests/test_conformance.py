@@ -49,6 +49,7 @@ ELASTIC_RESNET = {
 }
 PLAIN_RESNET = {"image_size": 32, "width": 4, "depths": (1, 2, 1, 1), "stem_channels": 8, "out_channels": 16, "groups": 2}
 PLAIN = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "head_dim": 16}
+BM_MAE = {"modalities": ("t1", "flair"), "size": 16, "patch_size": 8, "width": 24, "depth": 2, "heads": 2, "mlp": 32}
 SELAVPR = {"image_size": 28, "width": 32, "depth": 1, "head_dim": 16, "table_size": 42}
 # Arguments that make an architecture small enough for a test; true sizes are looked at on the meta device below.
 NATIVE: dict[str, dict] = {
@@ -76,6 +77,8 @@ NATIVE: dict[str, dict] = {
     "elastic_resnet_50": {**ELASTIC_RESNET, "channels": 1},
     "elastic_resnet_152": ELASTIC_RESNET,
     "resnet": PLAIN_RESNET,
+    "bm_mae": BM_MAE,
+    "bm_mae_tiny": {**BM_MAE, "modalities": ("t2", "pet", "t1"), "depth": 1, "class_token": False},
     "adapted": {"backbone": "elastic_vit", "backbone_args": ELASTIC, "pool": "gem", "local": (8, 4)},
     "selavpr": {**SELAVPR, "registers": 4},
     "selavpr_vit_small": SELAVPR,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from okavango.models.features import Features, Subnet, TextBatch
-from okavango.models.preprocess import Preprocess
+from okavango.models.preprocess import Preprocess, Text
 
 Inputs = Mapping[str, Tensor | TextBatch]
 
@@ -127,13 +127,20 @@ class Elastic(Protocol):
 
 @torch.inference_mode()
 def latency(model: Backbone, batch: int = 1, repeats: int = 15) -> float:
-    """Median milliseconds of a forward pass on zeros of the trained input size, where the model lies, with torch's threads."""
-    spec, parameter = model.preprocess.array(), next(model.parameters())
-    images = torch.zeros(batch, len(spec.channels), *spec.size, device=parameter.device, dtype=parameter.dtype)
+    """Median milliseconds of a forward pass on zeros of the trained input size, where the model lies, with torch's threads.
+
+    All modalities that come as arrays are given.
+    """
+    parameter = next(model.parameters())
+    arrays = {name: spec for name, spec in model.preprocess.items() if not isinstance(spec, Text)}
+    inputs = {
+        name: torch.zeros(batch, len(spec.channels), *spec.size, device=parameter.device, dtype=parameter.dtype)
+        for name, spec in arrays.items()
+    }
     times = []
     for _ in range(3 + repeats):  # the first ones are for caches
         start = time.perf_counter()
-        model(image=images)
+        model(inputs)
         if parameter.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

@@ -624,7 +624,10 @@ def _export(objective, out: Path, recipe: Recipe, card: dict, main: bool) -> Non
         prefix = module.backbone_prefix if head else ""
         kind = "head" if head else "backbone"
         save_checkpoint(module, folder, kind=kind, head=head, backbone_prefix=prefix, card={**common, **own})
-    save_checkpoint(objective, out / "export-full", kind="objective", card=common, backbone_prefix=objective.backbone_prefix)
+    head = objective.head_config() if hasattr(objective, "head_config") else None
+    save_checkpoint(
+        objective, out / "export-full", kind="objective", head=head, card=common, backbone_prefix=objective.backbone_prefix
+    )
 
 
 def learning_curves(log: Path, picture: Path) -> None:

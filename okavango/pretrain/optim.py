@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,15 @@ def peak_lr(optim: Optim, batch: int) -> float:
     return optim.lr * {"sqrt": math.sqrt(factor), "linear": factor, "none": 1.0}[optim.lr_scaling]
 
 
+def learning_rate(optim: Optim, steps: int, batch: int) -> Callable[[int], float]:
+    """Learning rate of a step 0 .. steps - 1, before the factors of parameter groups."""
+    peak, warmup = peak_lr(optim, batch), round(optim.warmup * steps)
+    if optim.warmup_rule == "before":
+        return Cosine(peak, optim.lr_end, steps, warmup=warmup, stretch=optim.stretch)
+    cosine = Cosine(peak, optim.lr_end, steps, stretch=optim.stretch)
+    return lambda step: min(peak * (step + 1) / max(1, warmup), cosine(step))
+
+
 class Optimiser:
     """AdamW over an objective's parameter groups, with the schedules of `Optim`.
 
@@ -60,13 +69,7 @@ class Optimiser:
     def __init__(self, groups: Sequence[dict], settings: Optim, steps: int, batch: int):
         self.names = {id(parameter): name for group in groups for name, parameter in group["params"]}
         self.settings = settings
-        self.lr = Cosine(
-            peak_lr(settings, batch),
-            settings.lr_end,
-            steps,
-            warmup=round(settings.warmup * steps),
-            stretch=settings.stretch,
-        )
+        self.lr = learning_rate(settings, steps, batch)
         self.weight_decay = Cosine(*settings.weight_decay, steps, stretch=settings.stretch)
         self.adamw = torch.optim.AdamW(
             [

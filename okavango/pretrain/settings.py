@@ -6,7 +6,7 @@ Durations are fractions of the run, so that `--steps` alone makes a run shorter 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -89,6 +89,8 @@ class Optim:
     """learning rate at the end of the cosine"""
     warmup: float = 10 / 346
     """fraction of the run in which the learning rate rises from 0"""
+    warmup_rule: Literal["before", "below"] = "before"
+    """before: the cosine begins after the warm-up; below: both begin at step 0 and the lower one counts (BM-MAE)"""
     stretch: float = 1.0
     """cosines run over steps / stretch and are cut at the end of the run"""
     weight_decay: tuple[float, float] = (0.04, 0.4)
@@ -271,4 +273,67 @@ class PretrainRecipe(Recipe):
     """A recipe of self-distillation."""
 
     objective: POASettings = field(default_factory=POASettings)
+    """settings of the objective"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BMMAESettings:
+    """Masked autoencoding of several scans of a brain (BM-MAE, arXiv 2505.00568)."""
+
+    mask_ratio: float = 0.75
+    """share of the tokens of all modalities together that is hidden"""
+    concentration: float = 1.0
+    """of the Dirichlet distribution by which the visible tokens are shared out among the modalities"""
+    normalise_targets: bool = False
+    """predict patches with mean 0 and variance 1; nothing can be synthesised then"""
+    decoder_width: int = 384
+    """channels of the decoder"""
+    decoder_depth: int = 3
+    """blocks of the decoder"""
+    decoder_heads: int = 12
+    """attention heads of the decoder"""
+    decoder_mlp: int = 1536
+    """hidden width of the decoder's MLPs"""
+    decoder_dropout: float = 0.1
+    """rate of dropout in the decoder"""
+    decay_all: bool = True
+    """weight decay on norms, biases and tokens too, as published"""
+    flip: float = 0.5
+    """probability of a flip along each axis"""
+    scale: float = 0.1
+    """values are multiplied by 1 + up to this, up or down"""
+    shift: float = 0.1
+    """values are moved by up to this, up or down, in standard deviations"""
+    cache: str = ""
+    """folder for prepared studies, which spares reading and resampling them again; none where empty"""
+
+    def check(self, prefix: str = "objective.") -> None:
+        """Refuse values out of range; see `require`."""
+        require(self, prefix, 0, 0.999, names="mask_ratio decoder_dropout")
+        require(self, prefix, 1e-3, names="concentration")
+        require(self, prefix, 1, names="decoder_width decoder_depth decoder_heads decoder_mlp")
+        require(self, prefix, 0, 1, names="flip scale")
+        require(self, prefix, 0, names="shift")
+        if self.decoder_width % 6 or self.decoder_width % self.decoder_heads:
+            raise SettingError(
+                f"--{prefix}decoder-width {self.decoder_width}: expected a multiple of 6 and of "
+                f"--{prefix}decoder-heads {self.decoder_heads}"
+            )
+
+    def build(self, backbone, classes, run):
+        """The objective for a backbone."""
+        from okavango.pretrain.objectives.bm_mae import MaskedModalities
+
+        return MaskedModalities(backbone, **asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BMMAERecipe(Recipe):
+    """A recipe of masked autoencoding of scans."""
+
+    data: str = ""
+    """folder of NIfTI studies, a table of them, samples/brain ..."""
+    model: str = "bm_mae"
+    """architecture"""
+    objective: BMMAESettings = field(default_factory=BMMAESettings)
     """settings of the objective"""

@@ -26,7 +26,8 @@ class Entry:
 
     Attributes:
         architecture: name that `create_model` knows; tag: what distinguishes this checkpoint, e.g. "poa_fashion".
-        source: folder inside okavango/zoo/weights, ``https://`` URL of a checkpoint folder, or ``hf://org/name@commit``.
+        source: folder inside okavango/zoo/weights, ``https://`` URL of a checkpoint folder, or ``hf://org/name@commit``; empty for
+            weights that users get from their owners and convert, as `note` says.
         sha256: of the weights file; bytes: its size. Empty for packaged weights, whose config knows.
         licence: SPDX identifier in lower case; packaged weights say it in their card.
         parameters: of the backbone, 0 when they are to be counted.
@@ -55,7 +56,7 @@ class Entry:
     @property
     def folder(self) -> Path | None:
         """Where packaged weights lie; None for those that are fetched."""
-        return None if "://" in self.source else WEIGHTS_FOLDER / self.source
+        return None if "://" in self.source or not self.source else WEIGHTS_FOLDER / self.source
 
     @property
     def available(self) -> bool:
@@ -80,6 +81,18 @@ CATALOGUE: dict[str, Entry] = {
             paper="arXiv 2408.01031",
             trained_on=("fashion-mnist train",),
             note="POA supernet for 28 px pictures, trained on two CPU cores; for trying things out and for tests.",
+        ),
+        Entry(
+            architecture="bm_mae",
+            tag="brats21",
+            source="",
+            licence="cc-by-nc-4.0",
+            paper="arXiv 2505.00568",
+            trained_on=("BraTS 2021",),
+            note=(
+                "the published weights are under CC BY-NC 4.0, not for commercial use, and are not fetched; get bmmae.pth from its "
+                "authors, then `okavango zoo convert bmmae.pth --family bm_mae --out DIR`"
+            ),
         ),
     )
 }
@@ -108,7 +121,7 @@ class ModelInfo(str):
 
     @property
     def weights(self) -> bool:
-        return self.entry is not None
+        return self.entry is not None and bool(self.entry.source)
 
     @property
     def licence(self) -> str:

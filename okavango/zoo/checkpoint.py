@@ -373,7 +373,7 @@ def save_checkpoint(
         subnet: the slice of the parent that this is.
         dtype: of floating tensors in the file; None means as they are.
         backbone_prefix: of the backbone's tensors inside an objective or head, e.g. "teacher.backbone.".
-        head: ``{"entry": "module:function", "arguments": {...}}``, what rebuilds a head around its backbone.
+        head: ``{"entry": "module:function", "arguments": {...}}``, what rebuilds a head, or an objective, around its backbone.
         extra_config: further fields of `config.json`.
         base: checkpoint folder of the frozen backbone of an adapted one: only what was trained is written, and `parent` names the
             base, which loading needs again.
@@ -446,7 +446,7 @@ def _config(model, kind, parent, subnet, prefix, head, extra) -> dict[str, Any]:
     if not isinstance(backbone, Backbone):
         what = f"{type(model).__name__}.{prefix}".removesuffix(".")
         raise CheckpointError(f"{what} is a {type(backbone).__name__}, not a Backbone; name the one inside by backbone_prefix")
-    if (kind == "head") != (head is not None):
+    if (kind == "head" and head is None) or (kind == "backbone" and head is not None):
         raise CheckpointError("kind 'head' and head= go together: pass both or none")
     config = {
         "format_version": FORMAT_VERSION,

@@ -128,6 +128,8 @@ def resolve(
             if not entry.available:
                 raise HubError(f"{entry.name}: its weights are not part of this installation; create_model builds it untrained")
             return entry.folder
+        if not entry.source:
+            raise HubError(f"{entry.name}: {entry.note}")
         text = entry.source
     if text.startswith(("http://", "https://")):
         if revision is not None:
