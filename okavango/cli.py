@@ -59,6 +59,16 @@ class Retrieval:
     """folder for a page with pictures, the predictions, and descriptors for the next run"""
 
 
+@dataclass(frozen=True)
+class Studies:
+    """Options of `evaluate` for studies of scans."""
+
+    modalities: tuple[str, ...] = ()
+    """subsets of sequences such as t1,flair t1; all that there are when not given, fifteen of four sequences"""
+    overlap: float = 0.5
+    """share of a window's side that neighbours share"""
+
+
 def evaluate(
     checkpoint: Positional[str],
     data: str | None = None,
@@ -70,8 +80,9 @@ def evaluate(
     batch: int = 256,
     workers: int = 0,
     retrieval: Annotated[Retrieval, tyro.conf.arg(name="")] = Retrieval(),  # noqa: B008
+    studies: Annotated[Studies, tyro.conf.arg(name="")] = Studies(),  # noqa: B008
 ) -> None:
-    """Measure a frozen backbone on labelled pictures, or on pictures of places.
+    """Measure a frozen backbone on labelled pictures or on pictures of places, or a fine-tuned one on studies of scans.
 
     Args:
         checkpoint: name in the zoo, folder, file, URL or hf://ORG/NAME; raw-pixels, or thumbnail and chance for retrieval, are
@@ -79,17 +90,29 @@ def evaluate(
         data: folder with train/ and test/ in it, or the test part; samples/fashion, samples/fashion:moved. For retrieval, a folder
             with database/ and queries/ in it; samples/places.
         protocol: knn, logistic, linear, linear-sweep ..., with or without a version such as knn/v1 (docs/evaluation.md has all);
-            retrieval/utm25 and its kin, one at a time.
+            retrieval/utm25 and its kin, one at a time; segmentation/brats, segmentation/reference, studies/classification and
+            studies/survival (docs/mri.md), one at a time.
         train: the training part, when it is not in `data`.
         subnets: w64_d2 ..., or all, of an elastic backbone.
         out: file of records (JSON lines) to append to.
         seed: of held-out parts and intervals.
-        batch: pictures per forward pass.
+        batch: pictures per forward pass; of volumes, one window.
         workers: processes that read pictures.
-        retrieval: for retrieval protocols only.
+        retrieval: for retrieval protocols only, but for the report.
+        studies: for protocols of studies only.
     """
     at_least(1, batch=batch, top=retrieval.top)
     at_least(0, workers=workers, pca=retrieval.pca, whiten=retrieval.whiten)
+    if any(name.partition("/")[0] in ("segmentation", "studies") for name in protocol):
+        if len(protocol) > 1 or data is None or subnets or retrieval != Retrieval(report=retrieval.report):
+            raise Usage("evaluate: a protocol of studies is measured alone, with --data, without subnets and options of retrieval")
+        from okavango import volume_verbs
+
+        passes = {"report": retrieval.report, "out": out, "seed": seed, "say": say, **vars(studies)}
+        volume_verbs.evaluate(checkpoint, data=data, protocol=protocol[0], train=train, **passes)
+        return
+    if studies != Studies():
+        raise Usage("evaluate: options of studies go with --protocol segmentation/brats and its kin")
     if any(name.partition("/")[0] == "retrieval" for name in protocol):
         if len(protocol) > 1 or train is not None:
             raise Usage("evaluate: a retrieval protocol is measured alone, and without --train")
@@ -130,19 +153,52 @@ def embed(
     verbs.embed(checkpoint, data, out, subnet=subnet, batch=batch, workers=workers, say=say)
 
 
-def predict(checkpoint: Positional[str], data: Positional[str], top: int = 1, batch: int = 256) -> None:
-    """Classify pictures with a fine-tuned checkpoint.
+@dataclass(frozen=True)
+class Scans:
+    """Options of `predict` for studies of scans."""
+
+    out: Path | None = None
+    """folder of what is written: segmentations in the place of each study, or what is synthesised"""
+    synthesize: str = ""
+    """sequence that is made of the others, such as flair, by a checkpoint of pretraining"""
+    modalities: str = ""
+    """sequences that may be used, such as t1,flair; all that there are when not given"""
+    codes: Literal["brats", "brats2023", "brats2024"] = "brats"
+    """convention of the label numbers that are written"""
+    pictures: bool = False
+    """also draw three planes of each segmentation"""
+
+
+def predict(
+    checkpoint: Positional[str],
+    data: Positional[str],
+    top: int = 1,
+    batch: int = 256,
+    scans: Annotated[Scans, tyro.conf.arg(name="")] = Scans(),  # noqa: B008
+) -> None:
+    """Classify pictures with a fine-tuned checkpoint; segment or classify studies of scans, or make a sequence of the others.
 
     Args:
-        checkpoint: folder that `okavango finetune` exported.
-        data: folder of pictures.
+        checkpoint: folder that `okavango finetune` exported; to synthesise, export-full of a pretraining run.
+        data: folder of pictures, or of NIfTI studies.
         top: classes per picture.
-        batch: pictures per forward pass.
+        batch: pictures per forward pass; of volumes, one window.
+        scans: for studies only.
     """
     at_least(1, top=top, batch=batch)
-    from okavango import verbs
+    from okavango import verbs, volume_verbs
 
-    verbs.predict(checkpoint, data, top=top, batch=batch, say=say)
+    options = {key: value for key, value in vars(scans).items() if key not in ("out", "synthesize")}
+    if scans.synthesize:
+        if scans.out is None:
+            raise Usage("predict: --synthesize writes volumes, give --out FOLDER")
+        volume_verbs.synthesize(checkpoint, data, scans.synthesize, scans.out, say=say)
+    elif volume_verbs.holds_head(checkpoint):
+        volume_verbs.predict(checkpoint, data, scans.out, **options, say=say)
+    elif scans != Scans():
+        raise Usage(f"predict: {checkpoint} holds no head for studies; options of studies go with one")
+    else:
+        verbs.predict(checkpoint, data, top=top, batch=batch, say=say)
 
 
 def explain(

@@ -22,6 +22,9 @@ from okavango.data.sources import ImageFolder, Part, Source, cached, open_source
 from okavango.downstream.classification.features import Embedded, extract_features, raw_pixels
 from okavango.downstream.classification.head import Classifier
 from okavango.downstream.classification.protocols import SWEEPS, FittedSweep, Outcome, evaluate_features, fit, fit_sweep, resolve
+from okavango.downstream.classification.studies import StudyClassifier
+from okavango.downstream.classification.survival import SurvivalHead
+from okavango.downstream.segmentation.head import Segmenter
 from okavango.models.backbone import ArgumentError, Backbone, Elastic, create_model, latency, unknown_name
 from okavango.models.features import Subnet
 from okavango.pretrain import loop
@@ -523,7 +526,13 @@ def predict(checkpoint: str, data: str | Source, *, top: int = 1, batch: int = 2
 
 def heads() -> dict[str, Callable[[Backbone, dict], nn.Module]]:
     """Heads that a checkpoint may name, our own and those of other packages (entry points ``okavango.heads``)."""
-    known = [Classifier, *(point.load() for point in entry_points(group="okavango.heads"))]
+    known = [
+        Classifier,
+        Segmenter,
+        StudyClassifier,
+        SurvivalHead,
+        *(point.load() for point in entry_points(group="okavango.heads")),
+    ]
     return {head.entry: partial(_build_head, head) for head in known}
 
 

@@ -71,7 +71,7 @@ class StudyClassifier(StudyHead):
         self.classes = tuple(classes)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """"loss": scalar, with gradient; "accuracy": of the batch, 0..1."""
+        """ "loss": scalar, with gradient; "accuracy": of the batch, 0..1."""
         logits, label = self.logits(batch, batch["present"]).float(), batch["label"]
         if len(self.classes) == 2:
             loss = F.binary_cross_entropy_with_logits(logits[:, 0], label.float())

@@ -135,7 +135,7 @@ class SurvivalHead(StudyHead):
         return super().samples(source)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """"loss": the negative log-likelihood, scalar, with gradient."""
+        """ "loss": the negative log-likelihood, scalar, with gradient."""
         logits = self.logits(batch, batch["present"]).float()
         index, event = discretise(batch["time"].cpu().numpy(), batch["event"].cpu().numpy(), np.asarray(self.cuts))
         index_there, event_there = torch.from_numpy(index).to(logits.device), torch.from_numpy(event).to(logits.device)

@@ -28,7 +28,7 @@ def dice_bce(logits: Tensor, target: Tensor) -> Tensor:
 def dice_softmax_multihot(logits: Tensor, target: Tensor) -> Tensor:
     """What BM-MAE was fine-tuned with: soft Dice on sigmoids plus *softmax* cross-entropy with the multi-hot target.
 
-    The regions overlap, so this is no proper loss of several labels; it is kept to repeat published runs. Arguments: see `dice_bce`.
+    The regions overlap, so this is no proper loss of several labels; it is kept to repeat published runs.
     """
     from monai.losses import DiceCELoss
 
