@@ -468,8 +468,13 @@ def _draw(source: Source, id: str, path: Path, picture: Path) -> None:
     labels = np.asarray(read_scan(path).values)
     masks = {f"label {number}": labels == number for number in np.unique(labels) if number}
     volumes = {name: np.asarray(sample[name].values) for name in sample["present"]}
-    title = f"{id}, predicted" + (", semi-synthetic" if "semisynthetic" in id else "")
+    title = f"{id}, predicted{_warning(id)}"
     three_planes(volumes, picture, masks=masks, affine=sample["affine"], title=title)
+
+
+def _warning(id: str) -> str:
+    """Pictures of made-up studies say so."""
+    return ", semi-synthetic" if "semisynthetic" in id else ""
 
 
 # -- synthesis ----------------------------------------------------------------------------------------------------------------
@@ -555,5 +560,6 @@ def _write_synthetic(sample: Mapping[str, Any], prepared: Mapping[str, Any], nam
     volumes = {f"{name}, synthetic": made[0]}
     if name in prepared:
         volumes |= {f"{name}, real": prepared[name][0], "difference": (made - prepared[name])[0]}
-    title = f"{sample['id']}: {name} made of {', '.join(each for each in sample['present'] if each != name)}"
+    others = ", ".join(each for each in sample["present"] if each != name)
+    title = f"{sample['id']}: {name} made of {others}{_warning(sample['id'])}"
     three_planes(volumes, out / f"{file}.png", affine=geometry.placed(), title=title)

@@ -189,11 +189,15 @@ def evaluate_survival(
     Returns:
         "c_index", 0..1; "brier": over the cuts that lie inside the follow-up of both parts, left out where fewer than two do, or
         where a test time lies beyond the training part's.
+    Raises:
+        ValueError: no two studies can be compared.
     """
     from sksurv.metrics import concordance_index_censored, integrated_brier_score
     from sksurv.util import Surv
 
     time, event = test
+    if not (event & (time < time.max())).any():
+        raise ValueError("survival: no event comes before another time, so nothing can be ordered; give more studies")
     found = {"c_index": float(concordance_index_censored(event, time, risks)[0])}
     inside = (cuts >= time.min()) & (cuts < min(time.max(), train[0].max()))
     if inside.sum() >= 2 and time[event].max(initial=0) <= train[0].max():
