@@ -8,7 +8,7 @@ without gaps, in which sequences of equal length lie side by side, and attention
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -139,7 +139,7 @@ class Packing:
         counts = visible.sum(1) + prefix
         order = counts.argsort(stable=True)
         lengths, samples = torch.unique_consecutive(counts[order], return_counts=True)
-        groups = tuple((k * n, n) for k, n in zip(samples.tolist(), lengths.tolist(), strict=True) if n)
+        groups = tuple((k * n, n) for k, n in zip(samples.tolist(), lengths.tolist(), strict=True) if n) or ((0, 1),)
         found = F.pad(visible, (prefix, 0), value=True)[order].nonzero()
         return cls(prefix, grids, groups, order[found[:, 0]] * length + found[:, 1], visible)
 
@@ -212,6 +212,22 @@ class Block(nn.Module):
     def forward(self, x: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
         x = x + self.attn(self.norm1(x), groups)
         return x + self.mlp(self.norm2(x))
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], x: Tensor, groups: Sequence[tuple[int, int]], *, recompute: bool, keep: Collection[int] = ()
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """A list of sequences through blocks; what comes out of the last one, and of those that are to be kept.
+
+    Args:
+        recompute: keep no activations of a block for the backward pass, compute them again.
+    """
+    kept = {}
+    for index, block in enumerate(blocks):
+        x = checkpoint(block, x, groups, use_reentrant=False) if recompute else block(x, groups)
+        if index in keep:
+            kept[index] = x
+    return x, kept
 
 
 # -- the backbone -----------------------------------------------------------------------------------------------------------------
@@ -374,20 +390,14 @@ class BMMAE(Backbone):
         *,
         present: Tensor | None = None,
         token_mask: Mapping[str, Tensor] | None = None,
-        layers: Iterable[int] = (),
+        layers: Collection[int] = (),
     ) -> tuple[Tensor, Packing, dict[int, Tensor]]:
         """As `forward`, without gaps: tokens after the final norm (T, D), where they stand, and those after some blocks."""
         inputs = self._named(inputs)
         cells = {name: patch_view(self._checked(name, volumes), self.patch_size) for name, volumes in inputs.items()}
         packing = self._packing(cells, present, token_mask)
-        x, kept = self._embed(cells, packing), {}
-        for index, block in enumerate(self.blocks):
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, packing.groups, use_reentrant=False)
-            else:
-                x = block(x, packing.groups)
-            if index in layers:
-                kept[index] = x
+        recompute = self.activation_checkpointing and self.training
+        x, kept = run_blocks(self.blocks, self._embed(cells, packing), packing.groups, recompute=recompute, keep=layers)
         return self.norm(x), packing, kept
 
     def _checked(self, name: str, volumes: Tensor) -> Tensor:

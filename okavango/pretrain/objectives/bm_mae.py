@@ -20,7 +20,7 @@ from okavango.data.loading import DataError, derive
 from okavango.data.masking import modality_masks
 from okavango.data.sources import Source
 from okavango.data.studies import Augment, Prepare, Prepared, StudyTransform
-from okavango.models.bm_mae import BMMAE, Block, Packing, from_patches, grid_of, patch_view, positions_at, sincos
+from okavango.models.bm_mae import BMMAE, Block, Packing, from_patches, grid_of, patch_view, positions_at, run_blocks, sincos
 from okavango.models.preprocess import Preprocess
 from okavango.pretrain.settings import BMMAESettings
 
@@ -95,13 +95,11 @@ class Decoder(nn.Module):
         parts = [given.get(name, hidden) + self.modality_embed[name].to(whole.dtype) + table for name in self.modalities]
         return torch.cat([whole[:, : packing.prefix], *parts], 1)
 
-    def forward(self, encoded: Tensor, packing: Packing) -> dict[str, Tensor]:
+    def forward(self, encoded: Tensor, packing: Packing, *, recompute: bool = False) -> dict[str, Tensor]:
         """Encoded tokens (T, D) -> modality -> states (B, N, width) that `pred` turns into voxels, also of those not given."""
         x = self.sequence(encoded, packing)
         batch, length, _ = x.shape
-        x = x.flatten(0, 1)
-        for block in self.blocks:
-            x = block(x, [(batch * length, length)])
+        x, _ = run_blocks(self.blocks, x.flatten(0, 1), [(batch * length, length)], recompute=recompute)
         states = self.norm(x).unflatten(0, (batch, length))[:, packing.prefix :]
         return dict(zip(self.modalities, states.chunk(len(self.modalities), 1), strict=True))
 
@@ -112,10 +110,11 @@ def masked_error(predicted: Tensor, target: Tensor, *, normalise: bool = False) 
     Args:
         normalise: targets get mean 0 and variance 1, each patch for itself (n - 1 in the denominator, 1e-6 added).
     """
+    if not len(target):
+        return predicted.float().sum()
     if normalise:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-    errors = (predicted.float() - target.float()).square().mean(-1)
-    return errors.sum() / max(1, len(errors))
+    return F.mse_loss(predicted.float(), target.float())
 
 
 class MaskedModalities(nn.Module):
@@ -171,7 +170,7 @@ class MaskedModalities(nn.Module):
         there = dict(zip(modalities, batch["present"].unbind(1), strict=True))
         visible = {name: masks[name] for name in volumes}
         encoded, packing, _ = self.backbone.encode(volumes, present=batch["present"], token_mask=visible)
-        states = self.decoder(encoded, packing)
+        states = self.decoder(encoded, packing, recompute=self.backbone.activation_checkpointing and self.training)
         errors = {}
         for name in modalities:
             errors[name] = encoded.new_zeros((), dtype=torch.float32)
