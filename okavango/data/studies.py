@@ -15,6 +15,7 @@ import json
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,21 +26,12 @@ import torch
 from torch import Tensor
 
 from okavango.data.sources import BadSample, Source, _Manifest, _number
+from okavango.models.bm_mae import ALIASES
 from okavango.models.preprocess import Preprocess, PreprocessError, Volume
 from okavango.models.volume import Geometry, Scan, Turn, carry, expect_same_grid, orientation, prepare, turning
 
-try:  # the same streams, several times faster
-    from isal import isal_zlib as zlib
-except ImportError:
-    import zlib
-
 # Name of a sequence -> endings of file names and columns of tables: BraTS 2020, BraTS 2023, UPenn-GBM and their kin.
-SEQUENCES = {
-    "t1": ("t1", "t1n", "t1w", "t1native"),
-    "t1ce": ("t1ce", "t1c", "t1gd", "t1post", "t1wce"),
-    "t2": ("t2", "t2w"),
-    "flair": ("flair", "t2f", "t2flair", "fla"),
-}
+SEQUENCES = {name: (name, *others) for name, others in ALIASES.items()}
 SEGMENTATION = ("seg", "segm", "segmentation", "automated_approx_segm", "combined_approx_segm")  # a later one only without earlier
 FACTS = ("id", "split", "label", "time", "event")
 
@@ -83,7 +75,7 @@ def read_scan(path: str | os.PathLike) -> Scan:
             raise Unreadable(f"is cut off, {len(data)} of {need} bytes" if len(data) < need else "is not a NIfTI file")
     except Unreadable:
         raise
-    except (OSError, EOFError, ValueError, zlib.error, nibabel.spatialimages.HeaderDataError) as error:
+    except Exception as error:  # headers of torn files raise almost anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Unreadable(f"cannot be read ({reason.splitlines()[0]})") from None
     values = np.ndarray(shape, dtype, buffer=data, offset=start, order="F")
@@ -417,12 +409,16 @@ class Prepared:
             made from (names, sizes and times of files, and the preprocess), so that nothing stale is read; remove the folder at
             any time. Four sequences of 128 x 128 x 128 voxels take 34 MB.
     Raises:
-        ValueError: a cache for a source that cannot tell when a study changed.
+        ValueError: no sequence that the network takes, or a cache for a source that cannot tell when a study changed.
     """
 
     def __init__(self, source: Source, prepare: Prepare, cache: str | os.PathLike | None = None):
         if isinstance(source, Studies):
-            source = source.narrowed(prepare.known(source.modalities), seg=prepare.seg != "none")
+            known = prepare.known(source.modalities)
+            if not known:
+                have, want = ", ".join(source.modalities), ", ".join(prepare.preprocess)
+                raise ValueError(f"data {source.name!r} has the sequences {have}, and the network takes {want}; nothing fits")
+            source = source.narrowed(known, seg=prepare.seg != "none")
         if cache and not hasattr(source, "stamp"):
             raise ValueError(f"data {source.name!r}: only studies from files can be cached; leave the cache off")
         self.source, self.prepare = source, prepare

@@ -150,9 +150,9 @@ def normalise(values: Tensor, rule: Normalise) -> Tensor:
         count = present.flatten(1).sum(1).clamp_min(1)
         # Summed in float64, so that the mean of a constant channel is that constant.
         mean = (values.flatten(1).sum(1, dtype=torch.float64) / count).to(values.dtype).view(shape)
-        deviation = torch.where(present, values - mean, 0)
-        std = (deviation.square().flatten(1).sum(1) / count).sqrt().view(shape)
-        values = deviation / std.clamp_min(1e-12)
+        deviation = (values - mean).mul_(present)
+        std = torch.linalg.vector_norm(deviation.flatten(1), dim=1).div_(count.sqrt()).view(shape)
+        values = deviation.div_(std.clamp_min(1e-12))
     if rule.rule in ("stretch", "percentile"):
         values = values.clamp(0, 1)
         if rule.quantise:

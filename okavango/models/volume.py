@@ -428,7 +428,8 @@ def prepare(preprocess: Preprocess, study: Mapping[str, Any]) -> tuple[dict[str,
     done = {}
     for name, channels in turned.items():
         own = specs[name]
-        values = torch.stack([_carry(native, scan.values, False, own.resize.fill) for scan in channels])
+        parts = [_carry(native, scan.values, False, own.resize.fill) for scan in channels]
+        values = parts[0][None] if len(parts) == 1 else torch.stack(parts)
         if (own.scale, own.offset) != (1, 0):
             values = values * own.scale + own.offset
         done[name] = _carry(late, normalise(values, own.normalise), False, own.resize.fill)
@@ -569,7 +570,8 @@ def _checked(scan: Scan, name: str) -> Scan:
         raise PreprocessError(f"{who}: the volume is empty, its shape is {sizes(values.shape)}")
     if isinstance(values, np.ndarray) and values.dtype.kind not in "biuf":
         raise PreprocessError(f"{who}: values are {values.dtype}; expected real numbers")
-    total = float(values.sum(dtype=torch.float64 if isinstance(values, Tensor) else np.float64))
+    whole = not values.dtype.is_floating_point if isinstance(values, Tensor) else values.dtype.kind != "f"
+    total = 0.0 if whole else float(values.sum(dtype=torch.float64 if isinstance(values, Tensor) else np.float64))
     if not math.isfinite(total):
         raise PreprocessError(f"{who}: has values that are not finite (NaN or infinity); mask them or leave the file out")
     if total == 0 and not bool((values != 0).any()):
