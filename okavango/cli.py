@@ -380,14 +380,25 @@ def zoo_extract(checkpoint: Positional[str], subnet: str, out: Path) -> None:
     say(f"{subnet} of {checkpoint} is in {out}")
 
 
-def zoo_export(checkpoint: Positional[str], out: Path, subnet: str = "") -> None:
-    """Export to ONNX (.onnx) or a torch program (.pt2), with a free batch size.
+def zoo_export(
+    checkpoint: Positional[str], out: Path, subnet: str = "", format: Literal["file", "monai-bundle"] = "file", modalities: str = ""
+) -> None:
+    """Export to ONNX (.onnx) or a torch program (.pt2), with a free batch size; or a segmenter of studies to a MONAI bundle.
 
     Args:
         checkpoint: see `evaluate`.
-        out: file that ends in .onnx or .pt2.
+        out: file that ends in .onnx or .pt2; of a bundle, a new folder.
         subnet: w64_d2 ... of an elastic backbone.
+        format: what is written.
+        modalities: of a bundle, its input channels in order, such as t1,flair; all that the segmenter has when not given.
     """
+    if format == "monai-bundle":
+        from okavango import volume_verbs
+
+        volume_verbs.bundle(checkpoint, out, modalities=modalities, say=say)
+        return
+    if modalities:
+        raise Usage("zoo export: --modalities goes with --format monai-bundle")
     if out.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"--out {out}: expected a name that ends in .onnx or .pt2")
     from okavango import verbs
@@ -431,10 +442,16 @@ def zoo_convert(
         from okavango.pretrain.objectives.bm_mae import MaskedModalities
         from okavango.zoo import bm_mae
 
-        network, report = bm_mae.read_official(weights, objective=MaskedModalities)
         whole: dict[str, Any] = {}
-        if isinstance(network, MaskedModalities):
-            whole = {"kind": "objective", "head": network.head_config(), "backbone_prefix": network.backbone_prefix}
+        if bm_mae.is_fine_tuned(weights):
+            from okavango import volume_verbs
+
+            network, report = bm_mae.read_head(weights, volume_verbs.published_head)
+        else:
+            network, report = bm_mae.read_official(weights, objective=MaskedModalities)
+        if hasattr(network, "head_config"):
+            kind = "objective" if isinstance(network, MaskedModalities) else "head"
+            whole = {"kind": kind, "head": network.head_config(), "backbone_prefix": network.backbone_prefix}
         save_checkpoint(network, out, card={"licence": bm_mae.LICENCE, "converted from": weights.name}, **whole)
         say(f"{report}\nthe model is in {out}; its licence is CC BY-NC 4.0, not for commercial use")
         return

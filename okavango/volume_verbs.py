@@ -6,13 +6,14 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from okavango.data.sources import BadSample, Source, open_source
 from okavango.data.studies import REGIONS, Prepare, _labels, regions, write_scan
@@ -22,6 +23,7 @@ from okavango.downstream.classification.survival import SurvivalHead, evaluate_s
 from okavango.downstream.segmentation import infer, metrics
 from okavango.downstream.segmentation.head import Segmenter
 from okavango.downstream.volumes import chosen, stack
+from okavango.models.bm_mae import BMMAE
 from okavango.models.preprocess import Preprocess, PreprocessError
 from okavango.models.volume import undo
 from okavango.pretrain.objectives.bm_mae import load_objective
@@ -563,3 +565,41 @@ def _write_synthetic(sample: Mapping[str, Any], prepared: Mapping[str, Any], nam
     others = ", ".join(each for each in sample["present"] if each != name)
     title = f"{sample['id']}: {name} made of {others}{_warning(sample['id'])}"
     three_planes(volumes, out / f"{file}.png", affine=geometry.placed(), title=title)
+
+
+# -- checkpoints of others ------------------------------------------------------------------------------------------------------
+
+
+def published_head(backbone: BMMAE, found: dict[str, Any]) -> nn.Module:
+    """The head for a fine-tuned file of BM-MAE's code, from what its weights tell: see `okavango.zoo.bm_mae.read_head`.
+
+    One output is a classifier of two classes, several are intervals of survival. The file tells neither the names of the classes
+    nor the cuts in time, for which 0, 1, 2, ... stand.
+    """
+    if found["kind"] == "segmentation":
+        return Segmenter(backbone, feature_size=found["feature_size"], loss="official")
+    if found["outputs"] == 1:
+        return StudyClassifier(backbone, ("class 0", "class 1"), hidden=found["hidden"])
+    return SurvivalHead(backbone, bins=found["outputs"], cuts=range(found["outputs"]), hidden=found["hidden"], official=True)
+
+
+def bundle(checkpoint: str, out: str | os.PathLike, *, modalities: str = "", say: Say = print) -> Path:
+    """Write a segmenter as a MONAI bundle, see `okavango.downstream.segmentation.bundle.export_bundle`.
+
+    Args:
+        checkpoint: what `finetune` exported, or its run folder. modalities: input channels in order, "" for all.
+    Raises:
+        ValueError: no segmenter, or one that makes no bundle.
+    """
+    from okavango.downstream.segmentation.bundle import export_bundle
+
+    model, _ = open_head(checkpoint)
+    if not isinstance(model, Segmenter):
+        raise ValueError(f"{checkpoint}: holds a {type(model).__name__}; bundles are made of segmenters")
+    run = Path(checkpoint) / "export"
+    card = (run if run.is_dir() else resolve_checkpoint(checkpoint)) / "README.md"
+    licence = re.search(r'^license: "?([^"\n]+)"?$', card.read_text(encoding="utf-8"), re.MULTILINE)
+    names = modalities.split(",") if modalities else ()
+    folder = export_bundle(model, out, name=Path(out).name, licence=licence[1] if licence else "", modalities=names)
+    say(f"the bundle is in {folder}; docs/README.md in it says how MONAI runs it")
+    return folder

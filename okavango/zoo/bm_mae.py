@@ -191,6 +191,11 @@ def head_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     raise ValueError("the weights are of no fine-tuned BM-MAE: neither encoder1.* of a UNETR nor output_layer.* is there")
 
 
+def is_fine_tuned(path: Path | str) -> bool:
+    """Whether a published file holds a fine-tuned network, rather than one of pretraining."""
+    return bool({"encoder1.layer.conv1.conv.weight", "output_layer.2.weight"} & set(read_weights(path)))
+
+
 def read_head(
     path: Path | str, build: Callable[[BMMAE, dict[str, Any]], nn.Module], *, heads: int = 12
 ) -> tuple[nn.Module, LoadReport]:

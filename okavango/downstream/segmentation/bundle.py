@@ -94,8 +94,8 @@ class Runner:
         results = []
         for index in range(len(self.dataset)):
             sample = dict(self.dataset[index])
-            logits = self.inferer(sample["image"][None].to(self.device), self.network)
-            sample["pred"] = logits[0].cpu()
+            volumes = torch.as_tensor(sample["image"]).as_subclass(Tensor)  # the postprocessing finds the way back in "image"
+            sample["pred"] = self.inferer(volumes[None].to(self.device), self.network)[0].cpu()
             results.append(self.postprocessing(sample))
         return results
 
@@ -176,7 +176,7 @@ def export_bundle(
             "to_tensor": True,
         },
         {"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.5},
-        {"_target_": "Lambdad", "keys": "pred", "func": "$okavango.downstream.segmentation.bundle.to_labels"},
+        {"_target_": "Lambdad", "keys": "pred", "func": "$okavango_bundle.to_labels"},
         {
             "_target_": "SaveImaged",
             "keys": "pred",
@@ -188,17 +188,20 @@ def export_bundle(
         },
     ]
     inference = {
-        "imports": ["$import os", "$import numpy", "$import torch", "$import okavango.downstream.segmentation.bundle"],
+        "imports": [
+            "$import os",
+            "$import numpy",
+            "$import torch",
+            "$import okavango.downstream.segmentation.bundle as okavango_bundle",
+        ],
         "bundle_root": ".",
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
         "dataset_dir": "studies",
         "output_dir": "$os.path.join(@bundle_root, 'predictions')",
         "modalities": names,
-        "dataset_data": "$okavango.downstream.segmentation.bundle.studies_of(@dataset_dir, @modalities)",
+        "dataset_data": "$okavango_bundle.studies_of(@dataset_dir, @modalities)",
         "network_def": {**network, "modalities": "@modalities"},
-        "network": (
-            "$okavango.downstream.segmentation.bundle.load_weights(@network_def, os.path.join(@bundle_root, 'models', 'model.pt'))"
-        ),
+        "network": ("$okavango_bundle.load_weights(@network_def, os.path.join(@bundle_root, 'models', 'model.pt'))"),
         "preprocessing": {"_target_": "Compose", "transforms": steps},
         "dataset": {"_target_": "Dataset", "data": "@dataset_data", "transform": "@preprocessing"},
         "inferer": {
@@ -229,7 +232,6 @@ def export_bundle(
         "pytorch_version": torch.__version__.partition("+")[0],
         "numpy_version": np.__version__,
         "required_packages_version": {"okavango": _version(), "nibabel": _version("nibabel")},
-        "optional_packages_version": {},
         "name": name or f"{model.backbone.architecture} segmentation",
         "task": "segmentation of brain tumours from any subset of MRI sequences",
         "description": f"{model.backbone.architecture} with a {model.kind} decoder, for {', '.join(names)}",
@@ -308,5 +310,3 @@ def _version(package: str = "okavango") -> str:
 
 def _tuple(value: Any) -> Any:
     return tuple(map(_tuple, value)) if isinstance(value, list) else value
-
-
