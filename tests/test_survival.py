@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_metrics():
     harrell = np.mean([1.0 if some[i] > some[j] else 0.5 if some[i] == some[j] else 0.0 for i, j in pairs])
     curves = np.tile(np.linspace(1, 0.2, len(cuts)), (40, 1))
     assert evaluate_survival((time, event), (time, event), curves, cuts, some)["c_index"] == pytest.approx(harrell)
-    assert perfect["c_index"] == 1 and perfect["brier"] < wrong["brier"]
+    assert perfect["c_index"] > 0.99 > 0.01 > wrong["c_index"] and perfect["brier"] < wrong["brier"]
     with pytest.raises(ValueError, match="nothing can be ordered"):
         evaluate_survival((time, event), (time[:1], event[:1]), curves[:1], cuts, some[:1])
 
@@ -176,7 +177,7 @@ def test_measured_by_their_protocols(table):
 @pytest.mark.parametrize("recipe", ["classify_bm_mae", "survive_bm_mae"])
 def test_recipes_build_their_heads(recipe):
     recipe = named(recipe, "finetune")
-    recipe.check()
+    replace(recipe, model="bm_mae_tiny").check()
     model = recipe.objective.build(backbone(), ("a", "b"), recipe.run)
     assert model.head[0].out_features == 256 and {group["wd_mult"] for group in model.param_groups()} == {1.0}
 
