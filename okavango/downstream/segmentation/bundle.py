@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from okavango.data.studies import write_scan
 from okavango.downstream.segmentation.head import Segmenter
 from okavango.downstream.segmentation.infer import label_map
 from okavango.downstream.volumes import volume_specs
@@ -100,15 +101,24 @@ class Runner:
         return results
 
 
-def to_labels(masks: Tensor, codes: str = "brats") -> Tensor:
-    """Regions (3, D, H, W) after thresholding -> label numbers (1, D, H, W), for a postprocessing; keeps MONAI's metadata."""
-    plain = torch.as_tensor(masks).as_subclass(Tensor)
-    labels = label_map(plain > 0.5, codes)[None]
-    if not hasattr(masks, "affine"):
-        return labels
-    from monai.data import MetaTensor
+class SaveLabels:
+    """Last step of a postprocessing: regions after thresholding become label numbers in a file ``NAME_seg.nii.gz``.
 
-    return MetaTensor(labels).copy_meta_from(masks)
+    Args:
+        output_dir: folder, made when the first file is written. codes: convention of the label numbers.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, codes: str = "brats"):
+        self.output_dir, self.codes = Path(output_dir), codes
+
+    def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """{"image": MetaTensor, "pred": MetaTensor (3, D, H, W), turned back into the stored grid} -> the same with "saved"."""
+        pred, first = sample["pred"], Path(str(sample["image"].meta["filename_or_obj"]))
+        labels = label_map(torch.as_tensor(pred).as_subclass(Tensor) > 0.5, self.codes)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        path = self.output_dir / f"{first.name.removesuffix('.gz').removesuffix('.nii')}_seg.nii.gz"
+        write_scan(path, labels, np.asarray(pred.affine, np.float64), "predicted by okavango")
+        return {**sample, "saved": str(path)}
 
 
 def studies_of(folder: str, modalities: Sequence[str]) -> list[dict[str, Any]]:
@@ -176,21 +186,11 @@ def export_bundle(
             "to_tensor": True,
         },
         {"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.5},
-        {"_target_": "Lambdad", "keys": "pred", "func": "$okavango_bundle.to_labels"},
-        {
-            "_target_": "SaveImaged",
-            "keys": "pred",
-            "output_dir": "@output_dir",
-            "output_postfix": "seg",
-            "resample": False,
-            "output_dtype": "$numpy.uint8",
-            "separate_folder": False,
-        },
+        {"_target_": "okavango.downstream.segmentation.bundle.SaveLabels", "output_dir": "@output_dir"},
     ]
     inference = {
         "imports": [
             "$import os",
-            "$import numpy",
             "$import torch",
             "$import okavango.downstream.segmentation.bundle as okavango_bundle",
         ],
