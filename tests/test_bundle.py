@@ -37,8 +37,8 @@ def studies(tmp_path_factory):
     for id in ("p1", "p2"):
         rng = np.random.default_rng(len(id))
         for name in ("t1", "flair"):
-            write_scan(folder / f"{id}_{name}.nii.gz", rng.uniform(1, 9, (9, 18, 14)).astype(np.float32), AFFINE)
-    write_scan(folder / "half_t1.nii.gz", np.ones((9, 18, 14), np.float32), AFFINE)  # left out: no flair
+            write_scan(folder / f"{id}_{name}.nii.gz", rng.uniform(1, 9, (9, 18, 15)).astype(np.float32), AFFINE)
+    write_scan(folder / "half_t1.nii.gz", np.ones((9, 18, 15), np.float32), AFFINE)  # left out: no flair
     return folder
 
 
@@ -93,7 +93,7 @@ def test_the_workflow_writes_what_the_library_predicts(bundle, model, studies, t
     assert [file.name for file in files] == ["p1_t1_seg.nii.gz", "p2_t1_seg.nii.gz"]
     for file, id in zip(files, ("p1", "p2"), strict=True):
         image = nibabel.load(file)
-        assert np.allclose(image.affine, AFFINE, atol=1e-4) and image.shape == (9, 18, 14)
+        assert np.allclose(image.affine, AFFINE, atol=1e-4) and image.shape == (9, 18, 15)
         ours = infer.label_map(infer.segment(model, source[source.ids.index(id)])).numpy()
         theirs = read_scan(file).values
         # MONAI resamples with its own arithmetic: voxels at the threshold may differ
