@@ -59,6 +59,16 @@ class Retrieval:
     """folder for a page with pictures, the predictions, and descriptors for the next run"""
 
 
+@dataclass(frozen=True)
+class Studies:
+    """Options of `evaluate` for studies of scans."""
+
+    modalities: tuple[str, ...] = ()
+    """subsets of sequences such as t1,flair t1; all that there are when not given, fifteen of four sequences"""
+    overlap: float = 0.5
+    """share of a window's side that neighbours share"""
+
+
 def evaluate(
     checkpoint: Positional[str],
     data: str | None = None,
@@ -70,8 +80,9 @@ def evaluate(
     batch: int = 256,
     workers: int = 0,
     retrieval: Annotated[Retrieval, tyro.conf.arg(name="")] = Retrieval(),  # noqa: B008
+    studies: Annotated[Studies, tyro.conf.arg(name="")] = Studies(),  # noqa: B008
 ) -> None:
-    """Measure a frozen backbone on labelled pictures, or on pictures of places.
+    """Measure a frozen backbone on labelled pictures or on pictures of places, or a fine-tuned one on studies of scans.
 
     Args:
         checkpoint: name in the zoo, folder, file, URL or hf://ORG/NAME; raw-pixels, or thumbnail and chance for retrieval, are
@@ -79,17 +90,29 @@ def evaluate(
         data: folder with train/ and test/ in it, or the test part; samples/fashion, samples/fashion:moved. For retrieval, a folder
             with database/ and queries/ in it; samples/places.
         protocol: knn, logistic, linear, linear-sweep ..., with or without a version such as knn/v1 (docs/evaluation.md has all);
-            retrieval/utm25 and its kin, one at a time.
+            retrieval/utm25 and its kin, one at a time; segmentation/brats, segmentation/reference, studies/classification and
+            studies/survival (docs/mri.md), one at a time.
         train: the training part, when it is not in `data`.
         subnets: w64_d2 ..., or all, of an elastic backbone.
         out: file of records (JSON lines) to append to.
         seed: of held-out parts and intervals.
-        batch: pictures per forward pass.
+        batch: pictures per forward pass; of volumes, one window.
         workers: processes that read pictures.
-        retrieval: for retrieval protocols only.
+        retrieval: for retrieval protocols only, but for the report.
+        studies: for protocols of studies only.
     """
     at_least(1, batch=batch, top=retrieval.top)
     at_least(0, workers=workers, pca=retrieval.pca, whiten=retrieval.whiten)
+    if any(name.partition("/")[0] in ("segmentation", "studies") for name in protocol):
+        if len(protocol) > 1 or data is None or subnets or retrieval != Retrieval(report=retrieval.report):
+            raise Usage("evaluate: a protocol of studies is measured alone, with --data, without subnets and options of retrieval")
+        from okavango import volume_verbs
+
+        passes = {"report": retrieval.report, "out": out, "seed": seed, "say": say, **vars(studies)}
+        volume_verbs.evaluate(checkpoint, data=data, protocol=protocol[0], train=train, **passes)
+        return
+    if studies != Studies():
+        raise Usage("evaluate: options of studies go with --protocol segmentation/brats and its kin")
     if any(name.partition("/")[0] == "retrieval" for name in protocol):
         if len(protocol) > 1 or train is not None:
             raise Usage("evaluate: a retrieval protocol is measured alone, and without --train")
@@ -167,6 +190,20 @@ def embed(
     verbs.embed(checkpoint, data, out, subnet=subnet, say=say, **passes, **_whole(scene))
 
 
+@dataclass(frozen=True)
+class Scans:
+    """Options of `predict` for studies of scans."""
+
+    synthesize: str = ""
+    """sequence that is made of the others, such as flair, by a checkpoint of pretraining"""
+    modalities: str = ""
+    """sequences that may be used, such as t1,flair; all that there are when not given"""
+    codes: Literal["brats", "brats2023", "brats2024"] = "brats"
+    """convention of the label numbers that are written"""
+    pictures: bool = False
+    """also draw three planes of each segmentation"""
+
+
 def predict(
     checkpoint: Positional[str],
     data: Positional[str],
@@ -174,21 +211,34 @@ def predict(
     top: int = 1,
     batch: int = 64,
     scene: Annotated[Tiling, tyro.conf.arg(name="")] = Tiling(),  # noqa: B008
+    scans: Annotated[Scans, tyro.conf.arg(name="")] = Scans(),  # noqa: B008
 ) -> None:
-    """Classify pictures, or the tiles of a scene, with a fine-tuned checkpoint.
+    """Classify pictures or the tiles of a scene with a fine-tuned checkpoint; segment or classify studies of scans, or make a
+    sequence of the others.
 
     Args:
-        checkpoint: folder that `okavango finetune` exported.
-        data: folder of pictures; or a scene, a GeoTIFF or a folder of its bands.
-        out: of a scene, the map to write, a file that ends in .tif.
+        checkpoint: folder that `okavango finetune` exported; to synthesise, export-full of a pretraining run.
+        data: folder of pictures; a scene, which is a GeoTIFF or a folder of its bands; a folder of NIfTI studies.
+        out: of a scene, the map to write, a file that ends in .tif; of studies, the folder of segmentations or synthesised volumes.
         top: classes per picture.
-        batch: pictures per forward pass.
+        batch: pictures per forward pass; of volumes, one window.
         scene: for maps only.
+        scans: for studies only.
     """
     at_least(1, top=top, batch=batch)
-    from okavango import verbs
+    from okavango import verbs, volume_verbs
 
-    verbs.predict(checkpoint, data, out=out, top=top, batch=batch, say=say, **_whole(scene))
+    options = {key: value for key, value in vars(scans).items() if key != "synthesize"}
+    if scans.synthesize:
+        if out is None:
+            raise Usage("predict: --synthesize writes volumes, give --out FOLDER")
+        volume_verbs.synthesize(checkpoint, data, scans.synthesize, out, say=say)
+    elif volume_verbs.holds_head(checkpoint):
+        volume_verbs.predict(checkpoint, data, out, **options, say=say)
+    elif scans != Scans():
+        raise Usage(f"predict: {checkpoint} holds no head for studies; options of studies go with one")
+    else:
+        verbs.predict(checkpoint, data, out=out, top=top, batch=batch, say=say, **_whole(scene))
 
 
 def explain(
@@ -418,14 +468,25 @@ def zoo_extract(checkpoint: Positional[str], subnet: str, out: Path) -> None:
     say(f"{subnet} of {checkpoint} is in {out}")
 
 
-def zoo_export(checkpoint: Positional[str], out: Path, subnet: str = "") -> None:
-    """Export to ONNX (.onnx) or a torch program (.pt2), with a free batch size.
+def zoo_export(
+    checkpoint: Positional[str], out: Path, subnet: str = "", format: Literal["file", "monai-bundle"] = "file", modalities: str = ""
+) -> None:
+    """Export to ONNX (.onnx) or a torch program (.pt2), with a free batch size; or a segmenter of studies to a MONAI bundle.
 
     Args:
         checkpoint: see `evaluate`.
-        out: file that ends in .onnx or .pt2.
+        out: file that ends in .onnx or .pt2; of a bundle, a new folder.
         subnet: w64_d2 ... of an elastic backbone.
+        format: what is written.
+        modalities: of a bundle, its input channels in order, such as t1,flair; all that the segmenter has when not given.
     """
+    if format == "monai-bundle":
+        from okavango import volume_verbs
+
+        volume_verbs.bundle(checkpoint, out, modalities=modalities, say=say)
+        return
+    if modalities:
+        raise Usage("zoo export: --modalities goes with --format monai-bundle")
     if out.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"--out {out}: expected a name that ends in .onnx or .pt2")
     from okavango import verbs
@@ -471,10 +532,16 @@ def zoo_convert(
         from okavango.pretrain.objectives.bm_mae import MaskedModalities
         from okavango.zoo import bm_mae
 
-        network, report = bm_mae.read_official(weights, objective=MaskedModalities)
         whole: dict[str, Any] = {}
-        if isinstance(network, MaskedModalities):
-            whole = {"kind": "objective", "head": network.head_config(), "backbone_prefix": network.backbone_prefix}
+        if bm_mae.is_fine_tuned(weights):
+            from okavango import volume_verbs
+
+            network, report = bm_mae.read_head(weights, volume_verbs.published_head)
+        else:
+            network, report = bm_mae.read_official(weights, objective=MaskedModalities)
+        if hasattr(network, "head_config"):
+            kind = "objective" if isinstance(network, MaskedModalities) else "head"
+            whole = {"kind": kind, "head": network.head_config(), "backbone_prefix": network.backbone_prefix}
         save_checkpoint(network, out, card={"licence": bm_mae.LICENCE, "converted from": weights.name}, **whole)
         say(f"{report}\nthe model is in {out}; its licence is CC BY-NC 4.0, not for commercial use")
         return

@@ -23,10 +23,13 @@ from okavango.data.sources import Part, Source, cached, open_source
 from okavango.downstream.classification.features import Embedded, extract_features, raw_pixels
 from okavango.downstream.classification.head import Classifier
 from okavango.downstream.classification.protocols import SWEEPS, FittedSweep, Outcome, evaluate_features, fit, fit_sweep, resolve
+from okavango.downstream.classification.studies import StudyClassifier
+from okavango.downstream.classification.survival import SurvivalHead
 from okavango.downstream.retrieval.describe import BackboneDescriber
 from okavango.downstream.retrieval.evaluate import Plan, rank
 from okavango.downstream.retrieval.protocols import Radius
 from okavango.downstream.retrieval.rerankers import mutual_nn
+from okavango.downstream.segmentation.head import Segmenter
 from okavango.models.adapters import Adapted
 from okavango.models.backbone import ArgumentError, Backbone, Elastic, create_model, latency, unknown_name
 from okavango.models.features import Subnet
@@ -638,7 +641,13 @@ def predict(
 
 def heads() -> dict[str, Callable[[Backbone, dict], nn.Module]]:
     """Heads that a checkpoint may name, our own and those of other packages (entry points ``okavango.heads``)."""
-    known = [Classifier, *(point.load() for point in entry_points(group="okavango.heads"))]
+    known = [
+        Classifier,
+        Segmenter,
+        StudyClassifier,
+        SurvivalHead,
+        *(point.load() for point in entry_points(group="okavango.heads")),
+    ]
     return {head.entry: partial(_build_head, head) for head in known}
 
 

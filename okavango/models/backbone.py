@@ -188,7 +188,7 @@ def create_model(name: str, **arguments: Any) -> Backbone:
 
     Args:
         name: an architecture of `list_models()`, or ``timm/NAME``, ``torchvision/NAME``, ``open_clip/NAME`` for one of those
-            libraries' image towers.
+            libraries' image towers, ``monai/NAME`` for a segmentation network of volumes.
         **arguments: passed to the architecture; unknown ones raise.
     Raises:
         ValueError: unknown name, the message offers the nearest; or an argument that the architecture does not take.
@@ -198,6 +198,10 @@ def create_model(name: str, **arguments: Any) -> Backbone:
         ('image',)
     """
     library, slash, rest = name.partition("/")
+    if library == "monai" and slash:
+        from okavango.models import monai_nets
+
+        return monai_nets.create(rest, **arguments)
     if slash:
         from okavango.models import wrapped
 

@@ -273,6 +273,209 @@ def selavpr_pitts30k() -> PlaceRecipe:
     return replace(recipe, name="selavpr_pitts30k", model="", model_args={}, run=replace(recipe.run, steps=12_500))
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """What all heads on studies of scans share; see `okavango.downstream.volumes.StudyObjective`."""
+
+    modalities: tuple[str, ...] = ()
+    """sequences that are used, all of the backbone's where empty"""
+    frozen: bool = False
+    """train the head alone"""
+    layer_decay: float = 1.0
+    """factor on the learning rate from one block to the one before it"""
+    decay_vectors: bool = True
+    """weight decay on norms and biases too, as published"""
+    drop: float = 0.0
+    """probability that a study is seen with a random subset of its sequences; one model for all subsets then"""
+    crop: Literal["centre", "random"] = "centre"
+    """the middle of the volume, or windows from anywhere in it, every second one around a segmented voxel"""
+    flip: float = 0.5
+    """probability of a flip along each axis"""
+    scale: float = 0.1
+    """values are multiplied by 1 + up to this, up or down"""
+    shift: float = 0.1
+    """values are moved by up to this, up or down, in standard deviations"""
+    cache: str = ""
+    """folder for prepared studies, which spares reading and resampling them again; none where empty"""
+
+    def check(self, prefix: str = "objective.") -> None:
+        """Refuse values out of range; see `require`."""
+        require(self, prefix, 0, 1, names="drop flip scale")
+        require(self, prefix, 0.001, 1, names="layer_decay")
+        require(self, prefix, 0, names="shift")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentSettings(StudySettings):
+    """A segmentation head on a backbone of volumes; see `okavango.downstream.segmentation.head.Segmenter`."""
+
+    labels: tuple[str, ...] = ()
+    """names of the label numbers 1, 2, ... that exclude each other; tumour core, whole and enhancing tumour where empty"""
+    decoder: Literal["unetr", "linear"] = "unetr"
+    """what is put on the tokens: a UNETR, or one linear layer"""
+    feature_size: int = 16
+    """channels of the UNETR at full size"""
+    layers: tuple[int, ...] = ()
+    """blocks that it reads, evenly spaced ones where empty"""
+    loss: Literal["dice_bce", "official"] = "dice_bce"
+    """Dice with binary cross-entropy, or, as published, with softmax cross-entropy"""
+    class_token: bool = True
+    """keep the class token in the encoder; the published network has none"""
+
+    def check(self, prefix: str = "objective.") -> None:
+        """Refuse values out of range; see `require`."""
+        StudySettings.check(self, prefix)
+        require(self, prefix, 1, names="feature_size")
+
+    def build(self, backbone, classes, run):
+        """The objective for a backbone; regions or `labels` are the classes."""
+        from dataclasses import asdict
+
+        from okavango.downstream.segmentation.head import Segmenter
+
+        settings = asdict(self)
+        if not settings.pop("class_token") and backbone.arguments.get("class_token"):
+            from okavango.models.backbone import create_model
+            from okavango.zoo.loading import load_weights
+
+            found, backbone = backbone, create_model(backbone.architecture, **{**backbone.arguments, "class_token": False})
+            load_weights(backbone, found.state_dict(), skip={"cls_token": "class_token is off"})
+            backbone.preprocess = found.preprocess
+        return Segmenter(backbone, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyClassSettings(StudySettings):
+    """A classifier of studies; see `okavango.downstream.classification.studies.StudyClassifier`."""
+
+    hidden: int = 256
+    """width between two linear layers, 0 for one layer alone"""
+
+    def build(self, backbone, classes, run):
+        """The objective for a backbone and the classes of the data."""
+        from dataclasses import asdict
+
+        from okavango.downstream.classification.studies import StudyClassifier
+
+        if not classes:
+            raise ValueError("classification of studies needs a table with a column label: studies.csv")
+        return StudyClassifier(backbone, classes, **asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurvivalSettings(StudySettings):
+    """Survival from studies; see `okavango.downstream.classification.survival.SurvivalHead`."""
+
+    hidden: int = 256
+    """width between two linear layers, 0 for one layer alone"""
+    bins: int = 10
+    """intervals of time"""
+    official: bool = False
+    """replace the first cut by 0 as published, rather than put 0 in front"""
+
+    def check(self, prefix: str = "objective.") -> None:
+        """Refuse values out of range; see `require`."""
+        StudySettings.check(self, prefix)
+        require(self, prefix, 2, names="bins")
+
+    def build(self, backbone, classes, run):
+        """The objective for a backbone; the cuts are fitted to the data when the run starts."""
+        from dataclasses import asdict
+
+        from okavango.downstream.classification.survival import SurvivalHead
+
+        return SurvivalHead(backbone, **asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecipe(Recipe):
+    """A recipe on studies of scans; `start` names the checkpoint, whose architecture is used when `model` is empty."""
+
+    data: str = ""
+    """folder of NIfTI studies, a table of them, samples/brain ..."""
+    model: str = ""
+    """architecture, "" for that of the checkpoint, of which `model_args` change arguments then; monai/SegResNet and others"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentRecipe(StudyRecipe):
+    """A recipe of segmentation."""
+
+    objective: SegmentSettings = field(default_factory=SegmentSettings)
+    """settings of the segmenter"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyClassRecipe(StudyRecipe):
+    """A recipe of classification of studies."""
+
+    objective: StudyClassSettings = field(default_factory=StudyClassSettings)
+    """settings of the classifier"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurvivalRecipe(StudyRecipe):
+    """A recipe of survival."""
+
+    objective: SurvivalSettings = field(default_factory=SurvivalSettings)
+    """settings of the survival head"""
+
+
+def _adamw(lr: float, warmup: float, weight_decay: float, stretch: float = 1.0) -> Optim:
+    """As BM-MAE's scripts have it: no scaling with the batch, no clipping; the cosine ends at 0."""
+    return Optim(
+        lr=lr,
+        lr_scaling="none",
+        lr_end=0.0,
+        warmup=warmup,
+        warmup_rule="below",
+        stretch=stretch,
+        weight_decay=(weight_decay,) * 2,
+        clip=0.0,
+    )
+
+
+def segment_bm_mae() -> SegmentRecipe:
+    """BM-MAE's fine-tuning for BraTS (arXiv 2505.00568): 70 epochs, all layers trained, the published loss and network."""
+    return SegmentRecipe(
+        name="segment_bm_mae",
+        objective=SegmentSettings(loss="official", class_token=False),
+        optim=_adamw(5e-4, warmup=10 / 70, weight_decay=0.05),
+        run=Run(epochs=70, batch=2, workers=8),
+    )
+
+
+def segment_bm_mae_tiny() -> SegmentRecipe:
+    """Segmentation for trying things out: one model for all subsets, windows from anywhere, Dice and binary cross-entropy."""
+    return SegmentRecipe(
+        name="segment_bm_mae_tiny",
+        objective=SegmentSettings(feature_size=8, drop=0.5, crop="random", decay_vectors=False),
+        optim=_adamw(1e-3, warmup=0.1, weight_decay=0.05),
+        run=Run(steps=300, batch=4, save_every=100),
+    )
+
+
+def classify_bm_mae() -> StudyClassRecipe:
+    """BM-MAE's classification of studies: class token and two layers, 20 epochs, dropout 0.1; the table says the classes."""
+    return StudyClassRecipe(
+        name="classify_bm_mae",
+        model_args={"dropout": 0.1},
+        optim=_adamw(1e-4, warmup=5 / 20, weight_decay=0.05),
+        run=Run(epochs=20, batch=2, workers=8),
+    )
+
+
+def survive_bm_mae() -> SurvivalRecipe:
+    """BM-MAE's survival in ten intervals: 10 epochs, half of the cosine, dropout 0.1; the table has times and events."""
+    return SurvivalRecipe(
+        name="survive_bm_mae",
+        model_args={"dropout": 0.1},
+        objective=SurvivalSettings(official=True),
+        optim=_adamw(1e-4, warmup=5 / 10, weight_decay=0.1, stretch=0.5),
+        run=Run(epochs=10, batch=2, workers=8),
+    )
+
+
 FINETUNE: dict[str, Callable[[], Recipe]] = {
     recipe.__name__: recipe
     for recipe in (
@@ -290,5 +493,9 @@ FINETUNE: dict[str, Callable[[], Recipe]] = {
         places,
         selavpr_msls,
         selavpr_pitts30k,
+        segment_bm_mae,
+        segment_bm_mae_tiny,
+        classify_bm_mae,
+        survive_bm_mae,
     )
 }

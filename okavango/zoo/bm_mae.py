@@ -142,3 +142,75 @@ def read_official(
     rename = {name: ours(name).removeprefix(prefix) for name in tensors}
     skip = {name: "not part of the encoder" for name in tensors if not ours(name).startswith(prefix)}
     return model.eval(), load_weights(model, tensors, rename=rename, skip=skip)
+
+
+# -- fine-tuned heads ---------------------------------------------------------------------------------------------------------
+
+
+def head_ours(name: str) -> str:
+    """As `ours`, also for the rest of fine-tuned networks: the UNETR's parts go to `decoder`, the two linear layers to `head`."""
+    own = ours(name)
+    if own.startswith("backbone."):
+        return own
+    return f"head.{own.removeprefix('output_layer.')}" if own.startswith("output_layer.") else f"decoder.{own}"
+
+
+def head_theirs(name: str, segmentation: bool) -> str:
+    """The inverse of `head_ours`; of segmentation networks, the encoder stands under ``vit.``."""
+    if name.startswith("head."):
+        return f"output_layer.{name.removeprefix('head.')}"
+    if name.startswith("decoder."):
+        return name.removeprefix("decoder.")
+    return f"vit.{theirs(name)}" if segmentation else theirs(name)
+
+
+def head_from_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Published keys of a fine-tuned network -> those of our heads."""
+    return {head_ours(name): tensor for name, tensor in tensors.items()}
+
+
+def head_to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `head_from_official`."""
+    segmentation = any(name.startswith("decoder.") for name in tensors)
+    return {head_theirs(name, segmentation): tensor for name, tensor in tensors.items()}
+
+
+def head_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the weights of a fine-tuned network tell of its head.
+
+    Returns:
+        {"kind": "segmentation", "feature_size"}, or {"kind": "pooled", "hidden", "outputs"}.
+    Raises:
+        ValueError: neither head is there.
+    """
+    if "encoder1.layer.conv1.conv.weight" in tensors:
+        return {"kind": "segmentation", "feature_size": tensors["encoder1.layer.conv1.conv.weight"].shape[0]}
+    if "output_layer.2.weight" in tensors:
+        outputs, hidden = tensors["output_layer.2.weight"].shape
+        return {"kind": "pooled", "hidden": hidden, "outputs": outputs}
+    raise ValueError("the weights are of no fine-tuned BM-MAE: neither encoder1.* of a UNETR nor output_layer.* is there")
+
+
+def is_fine_tuned(path: Path | str) -> bool:
+    """Whether a published file holds a fine-tuned network, rather than one of pretraining."""
+    return bool({"encoder1.layer.conv1.conv.weight", "output_layer.2.weight"} & set(read_weights(path)))
+
+
+def read_head(
+    path: Path | str, build: Callable[[BMMAE, dict[str, Any]], nn.Module], *, heads: int = 12
+) -> tuple[nn.Module, LoadReport]:
+    """Build a fine-tuned network from its published file.
+
+    Args:
+        path: see `read_weights`.
+        build: makes the head around the encoder from `head_arguments`.
+        heads: attention heads, which the weights do not tell.
+    Returns:
+        The head, in eval mode, and what became of every tensor.
+    Raises:
+        ValueError: not a fine-tuned file of the published code.
+        CheckpointError: a tensor is missing, unknown, or of another shape.
+    """
+    tensors = read_weights(path)
+    model = build(BMMAE(**encoder_arguments(tensors, heads)), head_arguments(tensors))
+    return model.eval(), load_weights(model, tensors, rename={name: head_ours(name) for name in tensors})
