@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -105,12 +105,12 @@ class Subject:
         }
         if self.picture is None:
             return Preprocess(image=Image(scale=1.0, **shared))
-        where = {"sensor": self.picture.sensor, "level": self.picture.level, "units": self.picture.units}
+        where: dict[str, Any] = {"sensor": self.picture.sensor, "level": self.picture.level, "units": self.picture.units}
         return Preprocess(image=Raster(**where, **shared, **more))
 
     def statistics(self, channels: tuple[str, ...]) -> Statistics:
         """Of the training set, in the units that a contract for these channels normalises; unmeasured cells are left out."""
-        more = {} if self.picture is None else {"nodata_fill": float("nan")}
+        more: dict[str, Any] = {} if self.picture is None else {"nodata_fill": float("nan")}
         plain, streaming = self.contract(channels, Normalise(), 0, RESIZES["antialiased"], **more), Streaming(channels, "train")
         for index in range(len(self.train)):
             try:
@@ -136,24 +136,24 @@ def normalisation(name: str, statistics: Statistics, picture_like: bool) -> Norm
     """
     count, origin = len(statistics.channels), f"{statistics.source} train, {statistics.digest[:12]}"
     full = FULL.get(statistics.units)
-    if name in ("divide", "imagenet") and full is None:
-        raise NotApplicable(f"{name} has no meaning for values in {statistics.units}")
     if name == "none":
         return Normalise()
-    if name == "divide":
+    if name in ("divide", "imagenet") and full is None:
+        raise NotApplicable(f"{name} has no meaning for values in {statistics.units}")
+    if name == "divide" and full is not None:
         return Normalise(rule="minmax", low=(0.0,) * count, high=(full,) * count)
     if name == "minmax":
         return Normalise(rule="minmax", low=statistics.low, high=statistics.high, origin=origin)
     if name == "standardise":
         return statistics.normalise()
-    if name == "imagenet":
+    if name == "imagenet" and full is not None:
         if not picture_like:
             raise NotApplicable("ImageNet has statistics of red, green and blue only")
         mean, std = (tuple(value * full for value in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return Normalise(rule="standard", mean=mean, std=std, origin="imagenet-1k train")
     if name == "percentile":
         low, high = (tuple(map(float, statistics.percentile(share))) for share in (2.0, 98.0))
-        after = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if picture_like else {}
+        after: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if picture_like else {}
         return Normalise(rule="stretch", low=low, high=high, origin=origin, **after)
     raise StudyError(f"unknown normalisation {name!r}; expected one of {', '.join(NORMALISATIONS)}")
 
@@ -215,7 +215,7 @@ def checkpoint_encoder(name: str, baseline: str = "pretrained") -> Encoder:
 
 
 def untrained_encoder(
-    architecture: str, arguments: Mapping[str, Any], channels: tuple[str, ...], modality: str, seed: int
+    architecture: str, arguments: Mapping[str, Any], channels: tuple[str, ...] | None, modality: str, seed: int
 ) -> Encoder:
     """A network with the initial weights of a seed."""
 
@@ -311,7 +311,7 @@ def rows(
                         say(f"left out: {encoder.model}, {called}, {name}: {error}")
                         continue
                     if contract is not None:
-                        yield Row(encoder, contract, name, called, contract.array(image_modality(contract)).size)
+                        yield Row(encoder, contract, name, called, contract.array(image_modality(contract)).size[-2:])
 
 
 def _channels(encoder: Encoder, subject: Subject, bands: Sequence[str]) -> list[tuple[tuple[str, ...], str]]:
@@ -518,7 +518,7 @@ def run_study(
     if labels is not None:
         sets = read_label_sets(labels)
         classes = sorted({name for names in sets.values() for name in names})
-        train_part, test_part = (LabelSets(part, sets, classes) for part in (train_part, test_part))
+        train_part, test_part = (cast(Source, LabelSets(part, sets, classes)) for part in (train_part, test_part))
     if train_part.labels is None or test_part.labels is None:
         raise StudyError("a study needs labels: a sub-folder per class, or --labels for sets of them")
     if tuple(train_part.classes) != tuple(test_part.classes):
@@ -540,7 +540,9 @@ def all_encoders(checkpoints: Sequence[str], imagenet: str, seeds: Sequence[int]
     for name in BASELINES:
         for seed in seeds if name in SEEDED else seeds[:1]:
             yield baseline_encoder(name, seed)
-    architecture, arguments, channels, modality = imagenet, dict[str, Any](), RGB, "image"
+    architecture, modality = imagenet, "image"
+    arguments: Mapping[str, Any] = {}
+    channels: tuple[str, ...] | None = RGB
     for name in dict.fromkeys((imagenet, *checkpoints)):
         try:
             found = checkpoint_encoder(name, "ImageNet" if name == imagenet else "pretrained")

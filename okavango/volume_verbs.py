@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ def evaluate(
     """
     protocol = resolve(protocol)
     model, sha256 = open_head(checkpoint) if isinstance(checkpoint, str) else (checkpoint, "")
-    wanted = {"segmentation": Segmenter, "classification": StudyClassifier, "survival": SurvivalHead}
+    wanted: dict[str, Any] = {"segmentation": Segmenter, "classification": StudyClassifier, "survival": SurvivalHead}
     kind = "segmentation" if protocol.startswith("segmentation") else protocol.split("/")[1]
     if not isinstance(model, wanted[kind]):
         raise ValueError(f"protocol {protocol}: the checkpoint holds a {type(model).__name__}; expected a {wanted[kind].__name__}")
@@ -318,7 +318,8 @@ def pooled_records(
             say(f"left out {error.id or id}: {error.reason}")
     if not kept:
         return []
-    scores, about = torch.cat(logits), {"modalities": list(subset)}
+    scores = torch.cat(logits)
+    about: dict[str, Any] = {"modalities": list(subset)}
     if isinstance(model, StudyClassifier):
         measure = _classification(model, scores, np.array([label for (label,) in kept]))
     else:
@@ -455,8 +456,9 @@ def predict(
         except BadSample as error:
             say(f"left out {error.id}: {error.reason}")
             continue
-        row = model.predict(inputs, present=inputs.pop("present"))[0].tolist()
-        best = list(zip(model.classes if isinstance(model, StudyClassifier) else model.cuts, row, strict=True))
+        row = cast(Any, model).predict(inputs, present=inputs.pop("present"))[0].tolist()
+        named: Any = model.classes if isinstance(model, StudyClassifier) else model.cuts
+        best = list(zip(named, row, strict=True))
         say(f"{sample['id']}\t" + "\t".join(f"{name} {share:.3f}" for name, share in best))
         results.append((str(sample["id"]), best))
     return results

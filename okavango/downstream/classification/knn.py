@@ -58,7 +58,8 @@ def nearest(
         raise ValueError(f"nearest: unknown backend {backend!r}; expected auto, {', '.join(_BACKENDS)}")
     prepare, closeness = _METRICS[metric]
     bank, queries, lifted, scale = prepare(bank, queries)
-    proposed = _BACKENDS[backend](*(np.ascontiguousarray(each, np.float32) for each in lifted), min(len(bank), k + _SPARE))
+    near, far = (np.ascontiguousarray(each, np.float32) for each in lifted)
+    proposed = _BACKENDS[backend](near, far, min(len(bank), k + _SPARE))
     found, indices = np.empty((len(queries), k)), np.empty((len(queries), k), dtype=np.int64)
     unsure: list[int] = []
     block = max(1, 2**24 // (proposed.shape[1] * bank.shape[1]))  # 128 MiB of float64

@@ -128,7 +128,7 @@ def set_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
         labels: int (N, L), 0 or 1; scores: float (N, L), a label is given above 1/2.
     """
     given, occurs = (scores > 0.5).astype(np.int64), labels.any(axis=0)
-    found = {}
+    found: dict[str, float] = {}
     for average in AVERAGES if occurs.any() else ():
         columns = slice(None) if average == "micro" else occurs
         found[f"map_{average}"] = float(average_precision_score(labels[:, columns], scores[:, columns], average=average))
@@ -136,7 +136,7 @@ def set_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 
 
 def _counted(labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for average in AVERAGES:
         precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average=average, zero_division=0)
         found |= {f"f1_{average}": float(f1), f"precision_{average}": float(precision), f"recall_{average}": float(recall)}
@@ -158,7 +158,8 @@ def precision_interval(labels: np.ndarray, scores: np.ndarray, seed: int, rounds
     ranked, right = scores.ravel()[order], labels.ravel()[order].astype(bool)
     ends = np.flatnonzero(np.diff(ranked, append=-np.inf))  # equal scores are one step
     owner, group = order // width, np.repeat(np.arange(len(ends)), np.diff(ends, prepend=-1))
-    rng, found = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    found: list[float] = []
     while len(found) < rounds:
         weights = np.bincount(rng.integers(count, size=count), minlength=count)[owner].astype(np.float64)
         hits = np.bincount(group, weights * right, len(ends)).cumsum()
