@@ -152,6 +152,8 @@ def test_without_a_command_the_overview_is_shown(capsys):
 
 
 MISUSES = {
+    "predict golden flat --modalities t1": "holds no head for studies",
+    "zoo convert nowhere.pth --family torchvision --out out": "--architecture",
     "pretain poa_tiny --out out": "'pretrain'",
     "evaluat x --data y": "'evaluate'",
     "zoo exprt x --out y.onnx": "'export'",
@@ -287,7 +289,9 @@ MISTAKES = {
     f"{TINY} --precision fp16": "needs a GPU",
     "pretrain poa_resnet_tiny --out out --workers 0 --threads 1 --compile": "has no list of blocks",
     "pretrain poa_tiny --workers 0 --out texts/a.txt": "texts/a.txt",
+    "pretrain bm_mae_tiny --out out --workers 0 --threads 1 --data flat": "none of the sequences t1, t1ce, t2, flair",
     # finetune
+    "finetune segment_bm_mae_tiny --out out --data samples/brain": "give --start CHECKPOINT",
     "finetune classify --out out": "give --start CHECKPOINT",
     "finetune classify --out out --start golden": "give --data",
     f"{TUNE} --data nowhere --start golden": "'nowhere': no such folder",
@@ -299,6 +303,16 @@ MISTAKES = {
     f"{TUNE} --data classes --start golden --steps 0": "--steps 0",
     f"{TUNE} --data classes --start golden --batch 5 --accumulate 2": "--batch 5",
     f"{TUNE} --data classes --start golden --objective.smoothing 2": "smoothing",
+    # the input
+    "preprocess check --checkpoint nowhere --data flat": "unknown model 'nowhere'",
+    "preprocess check --checkpoint golden --data empty": "no pictures in 'empty'",
+    "preprocess check --checkpoint golden --data flat --samples 0": "--samples 0",
+    "preprocess statistics nowhere": "'nowhere': no such folder",
+    "preprocess statistics empty": "no pictures in 'empty'",
+    # studies
+    "leaderboard study flat": "train/ and test/",
+    "leaderboard study nowhere --out out": "nowhere",
+    "predict golden flat --synthesize flair --out out": "holds no decoder",
     # evaluate
     "evaluate nowhere --data classes": "unknown model 'nowhere'",
     "evaluate elastic_vit_tinny --data classes": "did you mean 'elastic_vit_tiny",
@@ -328,6 +342,8 @@ MISTAKES = {
     "evaluate thumbnail --protocol retrieval/utm25 --data samples/places --top 0": "--top 0",
     "evaluate thumbnail --protocol retrieval/utm25 --database flat --queries flat": "tells no position",
     # index
+    "evaluate golden --protocol segmentation/brts --data flat": "segmentation/brats/v1",
+    "evaluate golden --protocol segmentation/brats --data flat": "holds no head for studies",
     "index build nowhere flat --out out": "unknown model 'nowhere'",
     "index build thumbnail empty --out out": "no pictures",
     "index build thumbnail flat --out flat": "exists and is not empty",
@@ -374,6 +390,7 @@ MISTAKES = {
     "zoo export golden --out x.pt2 --subnet w9_d9": "widths are 8, 16",
     "zoo export resnet --out x.pt2 --subnet w8_d1": "is not elastic",
     "zoo export weightless --out x.onnx": "the file is missing",
+    "zoo export golden --format monai-bundle --out out": "holds no head for studies",
     "zoo convert nowhere.pth --out out": "no such file",
     "zoo convert texts/a.txt --out out": "not a file of weights",
     "zoo convert golden/model.safetensors --out out": "no ViT, Swin or ResNet teacher",

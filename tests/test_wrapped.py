@@ -222,7 +222,7 @@ def test_open_clip_preprocess_against_its_own(tiny_clip):
 
 def test_torchvision_preset_against_its_own():
     weights = torchvision.models.ConvNeXt_Tiny_Weights.DEFAULT
-    spec = wrapped._torchvision_spec(weights, None, "torchvision/convnext_tiny")
+    spec = wrapped.torchvision_spec(weights, None, "torchvision/convnext_tiny")
     picture = photo(304, 400)
     assert_same_pixels(Preprocess(image=spec)(image=picture)["image"][0], weights.transforms()(picture), spec.normalise.std)
     assert spec.normalise.origin.endswith("IMAGENET1K_V1")

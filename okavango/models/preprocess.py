@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FORMAT_VERSION = 1
+ADDED = ("deviations", "absent_on", "nearest_nm", "adapted")  # fields that came later
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -326,11 +327,15 @@ class Preprocess(Mapping[str, InputSpec]):
         return Preprocess({**dict(self.specs), modality: dataclasses.replace(self[modality], **changes)})
 
     def to_json(self) -> dict:
-        """Plain JSON: ``{"version": 1, "specs": {modality: {"kind": ..., fields}}}``."""
+        """Plain JSON: ``{"version": 1, "specs": {modality: {"kind": ..., fields}}}``.
+
+        Fields that the format did not begin with are left out where they have their default, so that what was written before them
+        stays as it is.
+        """
         kinds = {cls: kind for kind, cls in _KINDS.items()}
         return {
             "version": FORMAT_VERSION,
-            "specs": {name: {"kind": kinds[type(spec)], **dataclasses.asdict(spec)} for name, spec in self.specs},
+            "specs": {name: {"kind": kinds[type(spec)], **_fields(spec)} for name, spec in self.specs},
         }
 
     @classmethod
@@ -359,6 +364,16 @@ class Preprocess(Mapping[str, InputSpec]):
 def _names(modality: str, spec: Volume) -> tuple[str, ...]:
     """What a modality of one channel may be called; of several channels, aliases name the channels."""
     return (modality, *spec.channels, *(alias for alias, _ in spec.aliases)) if len(spec.channels) == 1 else (modality,)
+
+
+def _fields(spec: Any) -> dict[str, Any]:
+    """Name -> value of a spec's fields, nested specs too."""
+    out = {}
+    for each in dataclasses.fields(spec):
+        value = getattr(spec, each.name)
+        if each.name not in ADDED or value != each.default:
+            out[each.name] = _fields(value) if dataclasses.is_dataclass(value) else value
+    return out
 
 
 def _build(cls: type, fields: Any, where: str):

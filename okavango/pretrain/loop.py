@@ -161,8 +161,6 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
     log = _Log(out, recipe, accelerator, start)
     if start == 0:
         _preflight(objective, batches.source, out, run, say)
-    if main:
-        state.write_json(out / "recipe.json", dataclasses.asdict(recipe))
     clock, bad_seen = _Clock(), 0
     steps = start if best.over else run.steps
     loader = ending.enter_context(closing(_batches(objective, source, batches, start, steps, run.workers)))
@@ -209,6 +207,8 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
         _check_bad(bad_seen, (done - start) * run.batch // world, run.bad_share, first=step == start)
         if done == 1:
             _first_step(say)
+        if main and step == start:  # settings that may change when a run is resumed stand there as they are now
+            state.write_json(out / "recipe.json", dataclasses.asdict(recipe))
         if evaluators and run.eval_every and done % run.eval_every == 0 and (done < run.steps or run.patience):
             with clock.paused(), average.applied() if run.patience else nullcontext():
                 results = _evaluate(_whole(objective, template, main), evaluators, main)

@@ -267,6 +267,11 @@ CURVES: dict[str, dict[str, Any]] = {
     "dinov2_tiny": {"verb": "pretrain", "changes": {"batch": 16}},
     "poa_swin_tiny": {"verb": "pretrain", "changes": {"batch": 16}},
     "poa_resnet_tiny": {"verb": "pretrain", "changes": {"batch": 16}},
+    "bm_mae_tiny": {"verb": "pretrain", "changes": {"batch": 2}},
+    "segment_bm_mae_tiny": {
+        "verb": "finetune",
+        "changes": {"batch": 1, "model": "bm_mae_tiny", "data": "samples/brain", "seed": 1},
+    },
     "classify": {
         "verb": "finetune",
         # A rate at which an untrained network of this size moves within 20 steps.
