@@ -73,7 +73,8 @@ class Score:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Score:
         """Read what `to_json` wrote."""
-        return cls(**{key: math.nan if value is None else value for key, value in data.items()})
+        fields: dict[str, Any] = {key: math.nan if value is None else value for key, value in data.items()}
+        return cls(**fields)
 
 
 def score(

@@ -101,7 +101,7 @@ def averaged(
         raise ValueError(f"unetr: modalities have tokens on the grids {sorted(sizes)}; expected the same for all")
     names = list(tokens)
     if present is None:
-        mean = sum(tokens.values()) / len(names)
+        mean = torch.stack(list(tokens.values())).mean(0)
     else:
         columns = present[:, [modalities.index(name) for name in names]]
         mean = torch.zeros_like(tokens[names[0]])
