@@ -363,6 +363,7 @@ class BMMAE(Backbone):
         wanted = set(resolve_layers(layers, len(self.blocks)))
         x, packing, kept = self.encode(inputs, present=present, token_mask=token_mask, layers=wanted)
         whole = packing.spread(x)
+        grid: dict[str, tuple[int, ...]] = {**packing.grids}
         if self.cls_token is not None:
             pooled = whole[:, 0]
         elif packing.visible is None:
@@ -374,9 +375,9 @@ class BMMAE(Backbone):
             prefix=self._prefix(whole),
             tokens=packing.split(whole),
             token_mask=None if packing.visible is None else packing.split(F.pad(packing.visible, (packing.prefix, 0))),
-            grid=packing.grids,
+            grid=grid,
             layers={
-                index: Layer(prefix=self._prefix(whole), tokens=packing.split(whole), grid=packing.grids)
+                index: Layer(prefix=self._prefix(whole), tokens=packing.split(whole), grid=grid)
                 for index, whole in ((index, packing.spread(each)) for index, each in kept.items())
             },
         )
