@@ -344,11 +344,11 @@ class Prepare:
             out |= {**volumes, "geometry": geometry}
             if "seg" in sample and self.seg != "none":
                 first = next(iter(scans.values()))
-                labels = _labels(sample["seg"], first if isinstance(first, Scan) else Scan(first))
+                stored = _labels(sample["seg"], first if isinstance(first, Scan) else Scan(first))
                 if self.seg == "regions":
-                    labels = regions(labels, sample.get("codes", "brats"), getattr(sample["seg"], "name", "") or "seg")
+                    labels = regions(stored, sample.get("codes", "brats"), getattr(sample["seg"], "name", "") or "seg")
                 else:
-                    labels = torch.from_numpy(labels.astype(np.int64))[None]
+                    labels = torch.from_numpy(stored.astype(np.int64))[None]
                 out["seg"] = carry(geometry, labels, nearest=True)
         except PreprocessError as error:
             raise BadSample(id, str(error)) from None

@@ -86,7 +86,7 @@ class Turn:
         flipped = [lead + axis for axis in range(3) if self.flip[axis]]
         if isinstance(values, Tensor):
             return values.permute(order).flip(flipped) if flipped else values.permute(order)
-        return np.flip(values.transpose(order), flipped)
+        return np.flip(values.transpose(order), tuple(flipped))
 
     def back(self) -> Turn:
         order = tuple(self.order.index(axis) for axis in range(3))
@@ -108,7 +108,8 @@ class Window:
 
     def apply(self, values: Array, nearest: bool, fill: float) -> Array:
         spans = [(max(0, s), min(b, s + a)) for b, s, a in zip(self.before, self.start, self.after, strict=True)]
-        inside = values[(..., *(slice(low, max(low, high)) for low, high in spans))]
+        box: Any = (..., *(slice(low, max(low, high)) for low, high in spans))
+        inside = values[box]
         short = [(low - s, s + a - max(low, high)) for (low, high), s, a in zip(spans, self.start, self.after, strict=True)]
         if not any(itertools.chain(*short)):
             return inside
@@ -297,8 +298,8 @@ def turning(scan: Scan, wanted: str | None) -> tuple[Step, ...]:
     """
     if wanted is None:
         return ()
-    goal = [_WORLD.get(letter, (None, 0)) for letter in wanted]
-    if sorted(str(world) for world, _ in goal) != ["0", "1", "2"]:
+    goal = [_WORLD.get(letter, (-1, 0)) for letter in wanted]
+    if sorted(world for world, _ in goal) != [0, 1, 2]:
         raise PreprocessError(f"orientation {wanted!r}: expected three letters, one each of RL, AP and SI, such as RAS")
     if scan.affine is None:
         raise PreprocessError(
@@ -570,8 +571,11 @@ def _checked(scan: Scan, name: str) -> Scan:
         raise PreprocessError(f"{who}: the volume is empty, its shape is {sizes(values.shape)}")
     if isinstance(values, np.ndarray) and values.dtype.kind not in "biuf":
         raise PreprocessError(f"{who}: values are {values.dtype}; expected real numbers")
-    whole = not values.dtype.is_floating_point if isinstance(values, Tensor) else values.dtype.kind != "f"
-    total = 0.0 if whole else float(values.sum(dtype=torch.float64 if isinstance(values, Tensor) else np.float64))
+    total = 0.0  # whole numbers are finite
+    if isinstance(values, Tensor):
+        total = float(values.sum(dtype=torch.float64)) if values.is_floating_point() else total
+    elif values.dtype.kind == "f":
+        total = float(values.sum(dtype=np.float64))
     if not math.isfinite(total):
         raise PreprocessError(f"{who}: has values that are not finite (NaN or infinity); mask them or leave the file out")
     if total == 0 and not bool((values != 0).any()):

@@ -139,7 +139,7 @@ def phantom(number: int = 0) -> Anatomy:
     grid, spacing = (76, 92, 76), 2.0
     x, y, z = (a * spacing for a in np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in grid], indexing="ij"))
 
-    def ellipsoid(centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
+    def ellipsoid(centre: Sequence[float], radii: Sequence[float] | np.ndarray) -> np.ndarray:
         return np.sqrt(sum(((axis - c) / r) ** 2 for axis, c, r in zip((x, y, z), centre, radii, strict=True)))
 
     outer = ellipsoid((0, 0, 6), np.array([66, 82, 60]) * rng.uniform(0.92, 1.06, 3)) + 0.03 * smooth(rng, grid, 4)
@@ -415,7 +415,7 @@ def build(
         hashes = {}
         for name, scan in {**scans, "seg": seg}.items():
             path = folder / f"{id}_{name}.nii.gz"
-            write_scan(path, np.ascontiguousarray(scan.values), scan.affine, f"{LABEL}, okavango.samples.brain")
+            write_scan(path, np.ascontiguousarray(scan.values), np.asarray(scan.affine), f"{LABEL}, okavango.samples.brain")
             row[name], hashes[name] = path.relative_to(out).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()
         label = "enhancing" if drawn["enhancing"] else "non-enhancing"
         rows.append(row | {"label": label, "time": drawn["time"], "event": drawn["event"], "split": split})

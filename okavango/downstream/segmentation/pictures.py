@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ def three_planes(
         masks: name -> (D, H, W), true where it lies over every volume; or per volume a mapping of such, for predictions beside
             truth. Later ones lie over earlier ones.
         affine: (4, 4), index -> millimetres, of that grid.
-        at: index of the point, (3,); the centre of the first mask's largest plane when not given, of the volume without masks.
+        at: index of the point, (3,); when not given, the planes in which the masks together are largest, without masks the middle.
         title: above all; say "semi-synthetic" here where it is.
     """
     from matplotlib.figure import Figure
@@ -45,7 +46,8 @@ def three_planes(
     names = list(volumes)
     grids = {name: _ras(volume, affine) for name, volume in volumes.items()}
     per_row = masks is not None and all(isinstance(mask, Mapping) for mask in masks.values())
-    rows = {name: dict((masks or {}).get(name, {}) if per_row else masks or {}) for name in names}
+    given: Mapping[str, Any] = masks or {}
+    rows: dict[str, dict[str, Array]] = {name: dict(given.get(name, {}) if per_row else given) for name in names}
     laid = {name: {key: _ras(mask, affine) > 0 for key, mask in row.items()} for name, row in rows.items()}
     keys = list(dict.fromkeys(key for row in laid.values() for key in row))
     spacing = (
@@ -53,7 +55,7 @@ def three_planes(
     )
     if at is None:
         everything = [mask for row in laid.values() for mask in row.values() if mask.any()]
-        point = _middle(everything[0]) if everything else tuple(side // 2 for side in grids[names[0]].shape)
+        point = _middle(np.any(everything, 0)) if everything else tuple(side // 2 for side in grids[names[0]].shape)
     else:
         marker = np.zeros(volumes[names[0]].shape, bool)
         marker[tuple(at)] = True
@@ -112,5 +114,5 @@ def _order(volume: Array, affine: np.ndarray) -> np.ndarray:
 
 
 def _middle(mask: np.ndarray) -> tuple[int, ...]:
-    """A point in the largest plane of a mask along each axis."""
+    """The largest plane of a mask along each axis."""
     return tuple(int(mask.sum(tuple(other for other in range(3) if other != axis)).argmax()) for axis in range(3))
