@@ -443,6 +443,7 @@ def zoo_convert(
         from okavango.zoo import bm_mae
 
         whole: dict[str, Any] = {}
+        network: Any
         if bm_mae.is_fine_tuned(weights):
             from okavango import volume_verbs
 

@@ -122,8 +122,9 @@ def evaluate(
         ValueError: a protocol that does not go with the model; no study has a segmentation, a label or a time.
     """
     protocol = resolve(protocol)
+    model: Any
     model, sha256 = open_head(checkpoint) if isinstance(checkpoint, str) else (checkpoint, "")
-    wanted = {"segmentation": Segmenter, "classification": StudyClassifier, "survival": SurvivalHead}
+    wanted: dict[str, Any] = {"segmentation": Segmenter, "classification": StudyClassifier, "survival": SurvivalHead}
     kind = "segmentation" if protocol.startswith("segmentation") else protocol.split("/")[1]
     if not isinstance(model, wanted[kind]):
         raise ValueError(f"protocol {protocol}: the checkpoint holds a {type(model).__name__}; expected a {wanted[kind].__name__}")
@@ -318,7 +319,8 @@ def pooled_records(
             say(f"left out {error.id or id}: {error.reason}")
     if not kept:
         return []
-    scores, about = torch.cat(logits), {"modalities": list(subset)}
+    scores = torch.cat(logits)
+    about: dict[str, Any] = {"modalities": list(subset)}
     if isinstance(model, StudyClassifier):
         measure = _classification(model, scores, np.array([label for (label,) in kept]))
     else:
@@ -446,12 +448,12 @@ def predict(
                 _draw(source, id, path, picture)
         say(f"{len(results)} of {len(source)} segmentations are in {out}")
         return results
+    assert isinstance(model, StudyClassifier | SurvivalHead)
+    prepare = Prepare(Preprocess({name: model.preprocess[name] for name in wanted}))
     for index in range(len(source)):
         try:
             sample = source[index]
-            inputs = stack(
-                [Prepare(Preprocess({name: model.preprocess[name] for name in wanted}))(sample)], model.preprocess, wanted
-            )
+            inputs = stack([prepare(sample)], model.preprocess, wanted)
         except BadSample as error:
             say(f"left out {error.id}: {error.reason}")
             continue

@@ -110,7 +110,7 @@ def _swin_unetr(channels: int, feature_size: int = 24) -> tuple[nn.Module, int, 
     from monai.networks.nets import SwinUNETR
 
     network = SwinUNETR(in_channels=channels, out_channels=1, feature_size=feature_size)
-    network.out = nn.Identity()
+    network.out = nn.Identity()  # type: ignore[assignment]
     return network, feature_size, 32
 
 

@@ -62,14 +62,16 @@ class Segmenter(StudyObjective):
             raise ValueError(f"segmentation: loss={loss!r} is of regions; labels that exclude each other have their own")
         if decoder not in ("unetr", "linear"):
             raise ValueError(f"segmentation: decoder={decoder!r}; expected unetr or linear")
-        self.labels, self.loss, self.feature_size, self.kind = tuple(labels), loss, feature_size, decoder
+        self.labels, self.loss, self.feature_size = tuple(labels), loss, feature_size
+        self.kind: str = decoder
         self.seg = "labels" if labels else "regions"
         self.top_label = len(self.labels)
         self.regions = self.labels or TUMOUR
         outputs = len(self.labels) + 1 if labels else len(TUMOUR)
         specs = volume_specs(backbone.preprocess)
         info = backbone.feature_info
-        self.patch, self.layers = info.strides[-1], ()
+        self.patch = info.strides[-1]
+        self.layers: tuple[int, ...] = ()
         if self.patch == 1:
             self.kind = "map"
             self.decoder: nn.Module = nn.Conv3d(info.layer_channels[-1], outputs, 1)
