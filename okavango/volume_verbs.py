@@ -122,6 +122,7 @@ def evaluate(
         ValueError: a protocol that does not go with the model; no study has a segmentation, a label or a time.
     """
     protocol = resolve(protocol)
+    model: Any
     model, sha256 = open_head(checkpoint) if isinstance(checkpoint, str) else (checkpoint, "")
     wanted: dict[str, Any] = {"segmentation": Segmenter, "classification": StudyClassifier, "survival": SurvivalHead}
     kind = "segmentation" if protocol.startswith("segmentation") else protocol.split("/")[1]
@@ -447,12 +448,12 @@ def predict(
                 _draw(source, id, path, picture)
         say(f"{len(results)} of {len(source)} segmentations are in {out}")
         return results
+    assert isinstance(model, StudyClassifier | SurvivalHead)
+    prepare = Prepare(Preprocess({name: model.preprocess[name] for name in wanted}))
     for index in range(len(source)):
         try:
             sample = source[index]
-            inputs = stack(
-                [Prepare(Preprocess({name: model.preprocess[name] for name in wanted}))(sample)], model.preprocess, wanted
-            )
+            inputs = stack([prepare(sample)], model.preprocess, wanted)
         except BadSample as error:
             say(f"left out {error.id}: {error.reason}")
             continue
