@@ -415,6 +415,7 @@ def _preflight(objective, source: Source, out: Path, run: Run, say) -> None:
         RunError: with one line per problem.
     """
     problems: list[str] = []
+    out.mkdir(parents=True, exist_ok=True)  # the first process may not have come so far
     parameters = sum(p.numel() for p in objective.parameters())
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     need = 4 * (parameters + 2 * trained) * (run.keep + 1) + 8 * parameters
