@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from okavango.data.sources import BadSample, Source
 from okavango.data.studies import Augment, Prepare, Prepared
+from okavango.downstream.classification.head import layer_groups
 from okavango.models.backbone import Backbone
 from okavango.models.preprocess import Preprocess, Volume
 from okavango.models.volume import Window
@@ -239,22 +240,7 @@ class StudyObjective(nn.Module):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Trained parameters by layer and kind, from the embedding to the head; see the contract."""
-        layers = {f"backbone.{name}": layer for name, layer in self.backbone.layer_ids().items()}
-        top = max(layers.values(), default=0) + 1
-        groups: dict[tuple[int, bool], dict[str, Any]] = {}
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            layer = layers.get(name, top)
-            decayed = self.decay_vectors or (parameter.ndim > 1 and not name.endswith("bias"))
-            group = {
-                "name": f"layer {layer}{'' if decayed else ', no decay'}",
-                "params": [],
-                "lr_mult": self.layer_decay ** (top - layer),
-                "wd_mult": float(decayed),
-            }
-            groups.setdefault((layer, decayed), group)["params"].append((name, parameter))
-        return [groups[key] for key in sorted(groups)]
+        return layer_groups(self, self.backbone, self.layer_decay, decay_vectors=self.decay_vectors)
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         """The gradient norm is taken over everything that is trained."""

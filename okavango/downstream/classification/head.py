@@ -159,21 +159,7 @@ class Classifier(nn.Module):
         Returns:
             groups of {"name", "params": [(name, parameter)], "lr_mult", "wd_mult"}, from the embedding to the head.
         """
-        layers = {f"backbone.{name}": layer for name, layer in self.backbone.layer_ids().items()}
-        top = max(layers.values(), default=0) + 1
-        groups: dict[tuple[int, bool], dict[str, Any]] = {}
-        for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            layer, decayed = layers.get(name, top), parameter.ndim > 1 and not name.endswith("bias")
-            group = {
-                "name": f"layer {layer}{'' if decayed else ', no decay'}",
-                "params": [],
-                "lr_mult": self.layer_decay ** (top - layer),
-                "wd_mult": float(decayed),
-            }
-            groups.setdefault((layer, decayed), group)["params"].append((name, parameter))
-        return [groups[key] for key in sorted(groups)]
+        return layer_groups(self, self.backbone, self.layer_decay)
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         """The gradient norm is taken over everything that is trained."""
@@ -206,6 +192,32 @@ class Classifier(nn.Module):
     def exports(self) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
         """The trained classifier and what its card says."""
         return {"classifier": (self, {"task": "classification", **self.head_config()["arguments"]})}
+
+
+def layer_groups(head: nn.Module, backbone: Backbone, layer_decay: float, *, decay_vectors: bool = False) -> list[dict[str, Any]]:
+    """Trained parameters of a head that holds a backbone as `backbone`, by layer and kind, from the embedding to the head.
+
+    Args:
+        layer_decay: the rate of a layer over that of the next one; the head's is 1.
+        decay_vectors: biases, norms and scales have weight decay too.
+    Returns:
+        groups of {"name", "params": [(name, parameter)], "lr_mult", "wd_mult"}.
+    """
+    layers = {f"backbone.{name}": layer for name, layer in backbone.layer_ids().items()}
+    top = max(layers.values(), default=0) + 1
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in head.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer, decayed = layers.get(name, top), decay_vectors or (parameter.ndim > 1 and not name.endswith("bias"))
+        group = {
+            "name": f"layer {layer}{'' if decayed else ', no decay'}",
+            "params": [],
+            "lr_mult": layer_decay ** (top - layer),
+            "wd_mult": float(decayed),
+        }
+        groups.setdefault((layer, decayed), group)["params"].append((name, parameter))
+    return [groups[key] for key in sorted(groups)]
 
 
 def _width(backbone: Backbone, pool: str) -> int:

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, precision_recall_fscore_support
-from sklearn.multiclass import OneVsRestClassifier
 
 from okavango.downstream.classification import knn
 from okavango.downstream.classification.features import Embedded
@@ -87,6 +84,9 @@ def fit_probe(probe: Probe, train: Embedded) -> tuple[Predict, dict[str, Any]]:
             return found.mean(axis=1) if probe.label_sets else knn.shares(found, classes)
 
         return predict, {**probe.settings(), "bank": len(bank)}
+    from sklearn.linear_model import LogisticRegression  # here, because it takes as long to import as torch
+    from sklearn.multiclass import OneVsRestClassifier
+
     model: Any = LogisticRegression(C=probe.C, max_iter=ITERATIONS)
     model = OneVsRestClassifier(model) if probe.label_sets else model
     if not probe.label_sets and len(np.unique(labels)) < 2:
@@ -127,6 +127,8 @@ def set_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     Args:
         labels: int (N, L), 0 or 1; scores: float (N, L), a label is given above 1/2.
     """
+    from sklearn.metrics import average_precision_score
+
     given, occurs = (scores > 0.5).astype(np.int64), labels.any(axis=0)
     found: dict[str, float] = {}
     for average in AVERAGES if occurs.any() else ():
@@ -136,6 +138,8 @@ def set_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 
 
 def _counted(labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    from sklearn.metrics import precision_recall_fscore_support
+
     found: dict[str, float] = {}
     for average in AVERAGES:
         precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average=average, zero_division=0)
