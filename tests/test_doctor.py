@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ from okavango.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Image, Norma
 from okavango.models.raster import Bands
 
 EVIL = "<script>window.hacked=1</script>\"'&"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NET = "elastic_vit_tiny.poa_fashion"
 CONTRACT = Preprocess(image=Image(size=(28, 28)))
 
@@ -494,23 +492,6 @@ def test_what_cannot_be_measured_is_said(grey, tmp_path):
         preprocess_check(CONTRACT, grey, reference=statistics.of_source(grey), **quiet)
     report = preprocess_check(LAND, Land(as_uint16, units=""), out=tmp_path, **quiet)
     assert report.described == {"units": "dn", "scale": (1.0,), "offset": (0.0,)} and "refused" in str(report)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("no chromium binary is installed")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for switch in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "window-size=1300,1000"):
-        options.add_argument(f"--{switch}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 def page_of(report: Report, path) -> str:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import struct
 import zlib
 from html import unescape
@@ -19,7 +18,6 @@ from okavango.zoo.leaderboard.page import DARK, RAMP, _size, render, table
 from okavango.zoo.leaderboard.records import Record
 
 EVIL = "<script>window.hacked=1</script>\"'&</script>"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def png() -> bytes:
@@ -224,24 +222,6 @@ def test_colours_are_even_and_text_on_them_can_be_read():
     assert max(steps) / min(steps) < 1.1 and all(4 < b[1][0] - a[1][0] < 10 for a, b in pairwise(shades))
     for index, (luminance, _) in enumerate(shades):
         assert (1.05 / (luminance + 0.05) if index < DARK else (luminance + 0.05) / 0.05) >= 4.5
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("no chromium binary is installed")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    switches = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
-    for switch in (*switches, "disable-component-update", "disable-sync", "window-size=1300,1000"):
-        options.add_argument(f"--{switch}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture
