@@ -26,7 +26,7 @@ from okavango.data.geotiff import Scene
 from okavango.data.tiles import Tiles, Window
 from okavango.downstream.classification.features import evaluating, image_modality
 from okavango.downstream.classification.head import Classifier
-from okavango.downstream.retrieval.store import write_whole
+from okavango.files import write_whole
 from okavango.models.backbone import Backbone
 from okavango.models.features import Subnet, to_device
 from okavango.models.preprocess import ArraySpec, Raster

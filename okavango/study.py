@@ -30,7 +30,7 @@ from okavango.downstream.classification.baselines import BASELINES, SEEDED, base
 from okavango.downstream.classification.features import Embedded, extract_features, image_modality
 from okavango.downstream.classification.probes import PROBES
 from okavango.downstream.classification.protocols import fit, resolve
-from okavango.downstream.retrieval.store import write_whole
+from okavango.files import write_whole
 from okavango.models.backbone import Backbone
 from okavango.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Image, Normalise, Preprocess, Raster, Resize
 from okavango.models.raster import Bands

@@ -18,7 +18,7 @@ from okavango.doctor.check import Report, measured
 from okavango.doctor.checks import places
 from okavango.doctor.seen import said_otherwise
 from okavango.doctor.trials import NEIGHBOURS
-from okavango.downstream.retrieval.store import write_whole
+from okavango.files import page_template, write_whole
 from okavango.models.preprocess import Preprocess, PreprocessError, Raster
 from okavango.models.raster import SWITCHES
 
@@ -35,19 +35,10 @@ def render(report: Report, out: str | os.PathLike) -> Path:
     Returns:
         the path that was written.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     out, seen = Path(out), report.seen
     height, width = seen.size
     name, other, described = _alternative(report)
-    html = environment.get_template("page.html.j2").render(
+    html = page_template(Path(__file__).with_name("page.html.j2")).render(
         title=f"{report.checkpoint} on {report.data}",
         verdict=report.verdict,
         state="wrong" if report.wrong else "look" if report.findings and report.findings[0].severity == "look" else "ok",

@@ -22,7 +22,8 @@ from okavango.downstream.retrieval.describe import Described, Describer, describ
 from okavango.downstream.retrieval.index import PART, Index, build_index
 from okavango.downstream.retrieval.protocols import Rule, names_digest, positions
 from okavango.downstream.retrieval.rerankers import Reranker, rerank_all
-from okavango.downstream.retrieval.store import DescriptorStore, write_whole
+from okavango.downstream.retrieval.store import DescriptorStore
+from okavango.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from okavango.downstream.retrieval.search import Nearest
-from okavango.downstream.retrieval.store import write_whole
+from okavango.files import write_whole
 from okavango.zoo.checkpoint import file_sha256
 
 FORMAT_VERSION = 1

@@ -17,7 +17,7 @@ from okavango.downstream.retrieval.describe import Described, cell_centres
 from okavango.downstream.retrieval.evaluate import Ranking
 from okavango.downstream.retrieval.protocols import positions
 from okavango.downstream.retrieval.rerank import mutual
-from okavango.downstream.retrieval.store import write_whole
+from okavango.files import page_template, write_whole
 
 SIDE = 132  # pixels of a picture's longer side in a strip
 LINES = 60  # matches that are drawn on a pair
@@ -49,8 +49,6 @@ def render(
     Returns:
         the path that was written.
     """
-    import jinja2
-
     right, answerable = ranking.right, ranking.answerable
     failures = np.flatnonzero(answerable & ~right[:, 0])
     successes = np.flatnonzero(right[:, 0])
@@ -63,14 +61,7 @@ def render(
     }
     galleries = zip(texts.items(), (failures, successes, unanswerable), strict=True)
     matched = [*_spread(successes, 2), *_spread(failures, 2)] if ranking.scores is not None else []
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("page.html.j2").render(
+    html = page_template(Path(__file__).with_name("page.html.j2")).render(
         title=title,
         summary=summary,
         details=details,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from okavango.files import write_whole
 
 FORMAT_VERSION = 1
 KEY = 16  # bytes of a picture's digest
@@ -124,16 +124,3 @@ class DescriptorStore:
         """Bytes per picture: "global" and "local"."""
         pooled, local = self.segments[0] if self.segments else (None, None)
         return {name: 0 if array is None else array[0].nbytes for name, array in (("global", pooled), ("local", local))}
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

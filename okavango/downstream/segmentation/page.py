@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from okavango.files import write_whole
 from okavango.zoo.leaderboard.records import Record
 
 Cell = tuple[float, tuple[float, float] | None, int]  # value, 95 % interval, studies
@@ -78,9 +79,7 @@ studies with its 95&nbsp;% bootstrap interval and number. Green is the best of a
 </body></html>
 """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, lambda file: file.write(text.encode()))
     return path
 
 

@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import re
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from okavango.files import page_template, write_whole
 from okavango.zoo.leaderboard.records import Record
 
 _SHARES = re.compile(r"(top|acc|r@|recall|precision|f1|map|miou|iou|dice)", re.IGNORECASE)
@@ -50,24 +50,15 @@ def render(
     Raises:
         ValueError: a picture that is not a PNG.
     """
-    import jinja2
-
     records = sorted(records, key=lambda record: (-record.value, record.name, record.subnet, json.dumps(record.to_json())))
     figures = []
     for caption, png in (pictures or {}).items():
         if not png.startswith(_PNG):
             raise ValueError(f"picture {caption!r}: expected the bytes of a PNG file")
         figures.append({"caption": caption, "png": base64.b64encode(png).decode()})
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     best = _best(records)
     rows = [_row(record, index in best) for index, record in enumerate(records)]
-    html = environment.get_template("page.html.j2").render(
+    html = page_template(Path(__file__).with_name("page.html.j2")).render(
         title=title,
         rows=rows,
         points=_script_json([_point(record, row) for record, row in zip(records, rows, strict=True)]),
@@ -79,7 +70,10 @@ def render(
         summary=_summary(records),
         heading=_heading(records),
     )
-    return _replace(Path(out_html), html)
+    out = Path(out_html)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, lambda file: file.write(html.encode()))
+    return out
 
 
 def table(records: Iterable[Record]) -> str:
@@ -345,17 +339,3 @@ def _script_json(data: Any) -> str:
     """JSON that cannot end or open a script element, whatever the names are."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _replace(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
-    return path
