@@ -213,7 +213,6 @@ def measure_step(name: str, case: Case, *, batch: int, repeats: int, threads: in
     """All candidates, taking turns."""
     torch.set_num_threads(threads)
     before = load()
-    # First, while this process is small: a process counts the memory of the one that started it as its own.
     peaks = {who: fresh(peak_of, who, case, batch, threads) for who in CANDIDATES}
     steps = {who: Step(who, case, batch) for who in CANDIDATES}
     times = interleave(steps, repeats, time.process_time if threads == 1 else time.perf_counter)

@@ -120,7 +120,7 @@ def measure(name: str, case: Case, *, repeats: int, threads: int) -> list[Record
     """All candidates, taking turns."""
     torch.set_num_threads(threads)
     before = load()
-    peaks = {who: fresh(peak_of, who, case, threads) for who in CANDIDATES}  # first, while this process is small
+    peaks = {who: fresh(peak_of, who, case, threads) for who in CANDIDATES}
     steps = {who: Step(who, case) for who in CANDIDATES}
     times = interleave(steps, repeats, time.process_time if threads == 1 else time.perf_counter)
     seconds = {who: median(values) for who, values in times.items()}

@@ -83,11 +83,15 @@ class Clock:
 
     def write(self, path: str, **facts: Any) -> None:
         """Everything as JSON, with the greatest resident memory of this process, in MiB."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        if sys.platform == "linux":  # ru_maxrss would begin at that of the process which started this one
-            peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**10
-        noted = {"steps": self.steps, "checkpoints": self.checkpoints, "peak_mib": peak, "trained": self.trained, **facts}
+        noted = {"steps": self.steps, "checkpoints": self.checkpoints, "peak_mib": peak_memory(), "trained": self.trained, **facts}
         Path(path).write_text(json.dumps({**noted, "torch": torch.__version__, "threads": torch.get_num_threads()}))
+
+
+def peak_memory() -> float:
+    """Greatest resident memory of this process so far, MiB."""
+    if sys.platform == "linux":  # ru_maxrss would begin at that of the process which started this one
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def started() -> tuple[Clock, dict[str, Any]]:
