@@ -122,8 +122,8 @@ def test_what_features_depend_on_is_in_their_name(network):
         dataclasses.replace(row, contract=contract.replace("image", scale=2.0)),
     ]
     assert len({row.key("data"), row.key("others"), *(each.key("data") for each in other)}) == 4
-    one = study.checkpoint_encoder(network)
-    assert one.identity == study.checkpoint_encoder(network).identity != study.baseline_encoder("rcf", 0).identity
+    (one,), (again,) = study.checkpoint_encoders(network), study.checkpoint_encoders(network)
+    assert one.identity == again.identity != study.baseline_encoder("rcf", 0).identity
 
 
 def bands(count=12, seed=0):
