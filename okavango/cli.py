@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -698,6 +699,38 @@ def leaderboard_compare(first: Positional[Path], second: Positional[Path], count
     retrieval_verbs.compare(first, second, count=count, seed=seed, say=say)
 
 
+def cache_list(kind: str = "") -> None:
+    """List what is kept on disk to be faster the next time: size, last use, kind, place.
+
+    Args:
+        kind: web, hf, features, studies or descriptors; all when left out.
+    """
+    from okavango import caches
+
+    items = caches.find(kind)
+    folders: dict[tuple[str, Path], list[caches.Item]] = {}
+    for item in items:
+        folders.setdefault((item.kind, item.folder), []).append(item)
+    for (name, folder), some in folders.items():
+        day = time.strftime("%Y-%m-%d", time.localtime(max(item.used for item in some)))
+        say(f"{sum(item.bytes for item in some) / 1e6:12,.1f} MB  {day}  {name:11}  {folder}")
+    say(f"{sum(item.bytes for item in items) / 1e6:12,.1f} MB in all; what is fetched lies in {caches.home()}")
+
+
+def cache_clean(kind: str = "", older: float = 0.0, max_gb: float | None = None) -> None:
+    """Remove what `cache list` shows; without options all of it. What a run is using stays.
+
+    Args:
+        kind: web, hf, features, studies or descriptors; all when left out.
+        older: only what was not used for so many days.
+        max_gb: the least recently used, until so many gigabytes are left.
+    """
+    from okavango import caches
+
+    removed, left = caches.clean(kind, older=older, max_gb=max_gb, say=say)
+    say(f"{removed / 1e6:,.1f} MB are removed, {left / 1e6:,.1f} MB are left")
+
+
 COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "quickstart": quickstart,
     "evaluate": evaluate,
@@ -722,6 +755,7 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
         "render": leaderboard_render,
         "compare": leaderboard_compare,
     },
+    "cache": {"list": cache_list, "clean": cache_clean},
 }
 RUNS = {
     "pretrain": "Pretrain a backbone on a folder of pictures, or go on with a run.",

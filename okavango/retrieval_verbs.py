@@ -7,11 +7,13 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from okavango import caches
 from okavango.data.places import Places, find_places
 from okavango.data.sources import Source, open_source
 from okavango.downstream.retrieval import metrics
@@ -87,11 +89,14 @@ def evaluate(
     records: list[Record] = []
     jobs = describers(checkpoint, subnets, local=bool(rerank))
     for describer, facts in jobs:
-        with tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as temporary, ExitStack() as ending:
             folder = Path(report or temporary) / (facts["subnet"] if len(jobs) > 1 else "")
+            if report is not None:
+                ending.enter_context(caches.used(folder / "descriptors", "descriptors"))
             ranking, known_described, asked_described = rank(
                 describer, known, asked, rule, plan, folder, reranker=reranker, say=say
             )
+            caches.touch(folder / "descriptors" / "store.json")
             about = settings(ranking, rule, plan) | ({"card": chosen.to_json()} if card else {})
             fields = {
                 "dataset": dataset,

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from okavango import caches
 from okavango.data.labels import LabelSets, read_label_sets
 from okavango.data.sources import BadSample, Source, cached
 from okavango.data.statistics import Statistics, Streaming
@@ -369,6 +370,7 @@ def row_features(row: Row, subject: Subject, source: Source, cache: Path, backbo
     """Features of a source, from the cache where they are there and whole."""
     file = cache / f"{row.key(source.digest)}.safetensors"
     if (found := read_features(file)) is not None:
+        caches.touch(file)
         return found
     embedded = extract_features(backbone(), source, batch=batch, allow=subject.allow)
     write_features(file, embedded)
@@ -545,7 +547,8 @@ def run_study(
     encoders = list(all_encoders(checkpoints, imagenet, seeds, say))
     grid = rows(subject, encoders, sizes, normalisations, bands, resize, say)
     cache = Path(out).with_suffix(".cache") if cache is None else cache
-    return measure_rows(subject, grid, names, out=out, cache=cache, batch=batch, say=say)
+    with caches.used(cache, "features"):
+        return measure_rows(subject, grid, names, out=out, cache=cache, batch=batch, say=say)
 
 
 def all_encoders(checkpoints: Sequence[str], imagenet: str, seeds: Sequence[int], say: Say = print) -> Iterator[Encoder]:
