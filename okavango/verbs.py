@@ -480,7 +480,7 @@ def open_head(checkpoint: str | os.PathLike | nn.Module | Opened) -> Opened:
     if isinstance(checkpoint, Opened):
         return checkpoint
     if isinstance(checkpoint, nn.Module):
-        return Opened(checkpoint, cast(Backbone, checkpoint.backbone).architecture)
+        return Opened(checkpoint, cast(Backbone, getattr(checkpoint, "backbone", checkpoint)).architecture)
     checkpoint = os.fspath(checkpoint)
     run = Path(checkpoint) / "export"
     where = str(run) if (run / "config.json").is_file() else checkpoint
@@ -510,7 +510,8 @@ def run_leaderboard(
     for checkpoint in checkpoints:
         name, subnets = named_subnets(checkpoint)
         wanted: list[Subnet | None] = [None]
-        model, sha256 = name, ""  # a baseline stays a name
+        model: str | Opened = name  # a baseline stays a name
+        sha256 = ""
         if name != "raw-pixels":
             model = open_model(name)
             sha256, wanted = model.sha256, chosen_subnets(model.model, subnets)
