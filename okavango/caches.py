@@ -146,8 +146,9 @@ def clean(
     Raises:
         ValueError: there is no such kind, or a number below 0.
     """
-    if older < 0 or (max_gb is not None and max_gb < 0):
-        raise ValueError(f"--older {older:g}, --max-gb {max_gb}: expected at least 0")
+    for option, value in (("--older", older), ("--max-gb", max_gb)):
+        if value is not None and value < 0:
+            raise ValueError(f"{option} {value:g}: expected at least 0")
     items = sorted(find(kind), key=lambda item: item.used)
     stays, now = sum(item.bytes for item in items), time.time()
     everything = not older and max_gb is None
