@@ -107,7 +107,7 @@ def evaluate(
     at_least(0, workers=workers, pca=retrieval.pca, whiten=retrieval.whiten)
     from okavango import dispatch
 
-    shared = {"train": train, "subnets": subnets, "out": out, "seed": seed, "batch": batch, "workers": workers}
+    shared: dict[str, Any] = {"train": train, "subnets": subnets, "out": out, "seed": seed, "batch": batch, "workers": workers}
     options = {**changed(retrieval), **changed(studies)}
     with usage("evaluate"):
         dispatch.evaluate(checkpoint, data=data, protocol=protocol, say=say, **shared, **options)
