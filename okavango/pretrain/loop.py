@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from okavango.data.loading import Batches, batch_loader, derive
 from okavango.data.sources import Source
+from okavango.files import write_json
 from okavango.models.features import to_device
 from okavango.models.preprocess import Preprocess
 from okavango.pretrain import collectives, state
@@ -208,7 +209,7 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
         if done == 1:
             _first_step(say)
         if main and step == start:  # settings that may change when a run is resumed stand there as they are now
-            state.write_json(out / "recipe.json", dataclasses.asdict(recipe))
+            write_json(out / "recipe.json", dataclasses.asdict(recipe))
         if evaluators and run.eval_every and done % run.eval_every == 0 and (done < run.steps or run.patience):
             with clock.paused(), average.applied() if run.patience else nullcontext():
                 results = _evaluate(_whole(objective, template, main), evaluators, main)
@@ -620,7 +621,7 @@ def _save_for_replay(out: Path, objective, batch, step: int, micro: int, rank: i
     shown = {name: float(_full(value.detach())) for name, value in values.items()}
     seed = derive(recipe.run.seed, "model", step, rank, micro)
     where = {"step": step, "micro": micro, "rank": rank, "seed": seed}
-    state.write_json(folder / "meta.json", {**where, "values": {name: str(value) for name, value in shown.items()}})
+    write_json(folder / "meta.json", {**where, "values": {name: str(value) for name, value in shown.items()}})
     bad = ", ".join(name for name, value in shown.items() if not math.isfinite(value)) or "another process"
     raise RunError(
         f"step {step}: not finite: {bad}; batch, weights and seed are in {folder} "

@@ -6,7 +6,7 @@ Durations are fractions of the run, so that `--steps` alone makes a run shorter 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -200,6 +200,12 @@ class Recipe:
             raise SettingError(
                 f"recipe {self.name} starts from a checkpoint: give --start CHECKPOINT, or --model NAME for an untrained one"
             )
+
+
+def own_arguments(recipe: Recipe, before: Recipe) -> Recipe:
+    """A recipe that was changed, without `model_args` that were meant for the architecture that it had before."""
+    foreign = recipe.model != before.model and recipe.model_args == before.model_args
+    return replace(recipe, model_args={}) if foreign else recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,12 +146,11 @@ class Classifier(nn.Module):
         """Transformed samples -> {modality: float32 (B, C, H, W), "label": int64 (B,)}; where batches are mixed, by the seed, also
         "target": float32 (B, classes).
         """
-        images = torch.stack([sample[self.modality] for sample in samples])
-        labels = torch.tensor([sample["label"] for sample in samples], dtype=torch.int64)
+        batch = labelled(self.modality, samples, seed)
         if not self.mixup and not self.cutmix:
-            return {self.modality: images, "label": labels}
-        images, target = mix(images, labels, len(self.classes), self.mixup, self.cutmix, seed)
-        return {self.modality: images, "label": labels, "target": target}
+            return batch
+        images, target = mix(batch[self.modality], batch["label"], len(self.classes), self.mixup, self.cutmix, seed)
+        return {**batch, self.modality: images, "target": target}
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Trained parameters by layer and kind: vectors (biases, norms, scales) have no weight decay.
@@ -192,6 +191,12 @@ class Classifier(nn.Module):
     def exports(self) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
         """The trained classifier and what its card says."""
         return {"classifier": (self, {"task": "classification", **self.head_config()["arguments"]})}
+
+
+def labelled(modality: str, samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Tensor]:
+    """Transformed samples -> {modality: (B, C, H, W), "label": int64 (B,)}; nothing is drawn by the seed."""
+    images = torch.stack([sample[modality] for sample in samples])
+    return {modality: images, "label": torch.tensor([sample["label"] for sample in samples], dtype=torch.int64)}
 
 
 def layer_groups(head: nn.Module, backbone: Backbone, layer_decay: float, *, decay_vectors: bool = False) -> list[dict[str, Any]]:
