@@ -161,7 +161,10 @@ def test_parts_that_are_trained():
     assert {group["wd_mult"] for group in decayed} == {1.0}
 
 
-@pytest.mark.parametrize("name, small", [("SegResNet", {"init_filters": 8}), ("DynUNet", {"levels": 3, "filters": 4})])
+@pytest.mark.parametrize(
+    "name, small",
+    [("SegResNet", {"init_filters": 8}), ("DynUNet", {"levels": 3, "filters": 4})],
+)
 def test_networks_of_monai(name, small, tmp_path):
     torch.manual_seed(0)
     backbone = create_model(f"monai/{name}", modalities=("t1", "flair"), size=16, **PLAIN, **small)
@@ -177,6 +180,19 @@ def test_networks_of_monai(name, small, tmp_path):
     assert torch.equal(again(given).maps[0], backbone.eval()(given).maps[0])
     with pytest.raises(ValueError, match="no tokens to hide"):
         again(given, layers=(0,))
+
+
+def test_swin_unetr_of_monai(tmp_path):
+    torch.manual_seed(0)
+    backbone = create_model("monai/SwinUNETR", modalities=("t1", "flair"), size=64, **PLAIN, feature_size=12).eval()
+    given = volumes(side=40)  # filled up to 64 voxels, the fewest that it takes
+    with torch.no_grad():
+        found = backbone(given).maps[0]
+    assert found.shape == (1, 12, *given["t1"].shape[-3:]) and backbone.feature_info.channels == 12
+    save_checkpoint(backbone, tmp_path / "m")
+    again, _ = load_checkpoint(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(again(given).maps[0], found)
 
 
 def test_names_of_networks():
