@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from okavango import volume_verbs
 from okavango.cli import main
+from okavango.data.loading import Batches
 from okavango.data.sources import BadSample
 from okavango.data.studies import Prepare, Studies, read_scan, write_scan
 from okavango.downstream.segmentation import infer, metrics
@@ -470,6 +471,27 @@ def test_every_subset_in_one_command(folder, tmp_path, monkeypatch):
     asked = {"protocol": "segmentation/reference", "modalities": ("t2f",), "say": lambda line: None}
     (one, *_) = volume_verbs.evaluate(model, data=str(folder), **asked)
     assert one.protocol == "segmentation/reference/v1" and one.settings["modalities"] == ["flair"]
+
+
+@pytest.mark.filterwarnings("ignore:study p2")
+def test_what_studies_lack_is_counted(folder):
+    (folder / "p1_flair.nii.gz").unlink()
+    torn = folder / "p2_flair.nii.gz"
+    torn.write_bytes(torn.read_bytes()[:200])
+    lines: list[str] = []
+    records = volume_verbs.evaluate(bright(), data=str(folder), modalities=("t1,flair", "t1", "flair"), say=lines.append)
+    assert lines[-1] == "of 2 studies: flair is missing in 1, flair is torn in 1, 2 left out"
+    by = {tuple(record.settings["modalities"]): record.settings for record in records}
+    assert by["t1", "flair"]["absent"] == {"flair is missing": 1, "flair is torn": 1}
+    assert "absent" not in by["t1",] and by["t1",].get("studies_left_out") is None and ("flair",) not in by
+
+
+def test_what_samples_lack_is_counted_by_the_loader():
+    samples = [{"id": "a", "absent": ["t2 is missing"]}, {"id": "b"}]
+
+    batches = Batches(samples, lambda sample, seed: sample, lambda samples, seed: {}, batch=2, seed=0)
+    assert batches[0, 0] == {"bad": [], "absent": ["t2 is missing"]}
+    assert Batches(samples[1:], lambda sample, seed: sample, lambda samples, seed: {}, batch=1, seed=0)[0, 0] == {"bad": []}
 
 
 def test_what_is_written_is_what_is_measured(folder, tmp_path):
