@@ -485,16 +485,16 @@ def zoo_export(
 def zoo_convert(
     weights: Positional[Path],
     out: Path,
-    family: Literal["poa", "selavpr", "bm_mae", "torchvision"] = "poa",
+    family: Literal["poa", "selavpr", "bm_mae", "torchvision", "monai_bundle"] = "poa",
     architecture: str = "",
     image_size: int = 224,
     patch_size: int = 16,
     head_dim: int = 64,
 ) -> None:
-    """Turn a published checkpoint (a teacher of POA, a SelaVPR, a BM-MAE, one of torchvision) into a zoo checkpoint.
+    """Turn a published checkpoint (of POA, SelaVPR, BM-MAE, torchvision, a MONAI bundle) into a zoo checkpoint.
 
     Args:
-        weights: .safetensors or .pth file; a pickle is read with weights_only.
+        weights: .safetensors or .pth file; a pickle is read with weights_only. Of a bundle, its folder.
         out: folder to write.
         family: the published code that wrote it.
         architecture: torchvision's name of the network, such as mobilenet_v2.
@@ -528,6 +528,13 @@ def zoo_convert(
             whole = {"kind": kind, "head": network.head_config(), "backbone_prefix": network.backbone_prefix}
         save_checkpoint(network, out, card={"licence": bm_mae.LICENCE, "converted from": weights.name}, **whole)
         say(f"{report}\nthe model is in {out}; its licence is CC BY-NC 4.0, not for commercial use")
+        return
+    if family == "monai_bundle":
+        from okavango.zoo import monai_bundle
+
+        bundled, filled = monai_bundle.read_bundle(weights)
+        save_checkpoint(bundled, out, card={"converted from": weights.name})
+        say(f"{filled}\nthe model is in {out}; the bundle's LICENSE says what its weights may be used for")
         return
     if family == "torchvision":
         from okavango.zoo import torchvision

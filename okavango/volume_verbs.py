@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -127,7 +128,7 @@ def evaluate(
         raise ValueError(f"protocol {protocol}: the checkpoint holds a {type(model).__name__}; expected a {wanted[kind].__name__}")
     if isinstance(data, str) and (Path(data) / "test").is_dir():
         data = str(Path(data) / "test")
-    source = open_source(data)
+    source = Gaps(open_source(data))
     subsets = [chosen(model.preprocess, text.split(","), "--modalities") for text in modalities] or subsets_of(model.modalities)
     if outside := [subset for subset in subsets if not set(subset) <= set(model.modalities)]:
         raise ValueError(f"--modalities {','.join(outside[0])}: the model was made for {', '.join(model.modalities)}")
@@ -151,10 +152,12 @@ def evaluate(
         if isinstance(model, Segmenter):
             about = {"overlap": overlap, "batch": batch}
             scores = segmentation_scores(model, source, subset, protocol, folder, {**facts, **about}, overlap, batch, say)
-            new = segmentation_records(scores, protocol, subset, about if "brats" in protocol else {}, facts)
+            settings = {**(about if "brats" in protocol else {}), **source.of(subset)}
+            new = segmentation_records(scores, protocol, subset, settings, facts)
         else:
             training = times(open_source(train)) if train is not None else None
             new = pooled_records(model, source, subset, training, facts, say)
+            new = [dataclasses.replace(record, settings={**record.settings, **source.of(subset)}) for record in new]
         for record in new:
             if out is not None:
                 write_record(out, record)
@@ -164,17 +167,34 @@ def evaluate(
         say(f"{'+'.join(subset)}: {shown}")
     if not records:
         raise ValueError(f"{source.name}: nothing could be measured; see the lines above")
+    if counts := source.of(model.modalities):
+        parts = [f"{part} in {count}" for part, count in counts.get("absent", {}).items()]
+        parts += [f"{counts['studies_left_out']} left out"] if "studies_left_out" in counts else []
+        say(f"of {len(source)} studies: {', '.join(parts)}")
     if folder is not None:
         from okavango.downstream.segmentation.page import render
 
-        page = render(folder / "index.html", rows, model.modalities, title=f"{facts['model']} on {source.name}", about=records[0])
+        first = records[0]
+        hidden = ("modalities", "region", "cases", "median")  # of one row alone
+        shown_facts = {
+            "protocol": protocol,
+            "dataset": first.dataset,
+            "command": first.command,
+            "created": first.created,
+            "seed of intervals": seed,
+            "settings": {key: value for key, value in first.settings.items() if key not in hidden},
+            "versions": first.versions,
+            "hardware": first.hardware,
+        }
+        title = f"{facts['model']} on {source.name}"
+        page = render(folder / "index.html", rows, model.modalities, title=title, protocol=protocol, facts=shown_facts)
         say(f"the page is {page}")
     return records
 
 
 def segmentation_scores(
     model: Segmenter,
-    source: Source,
+    source: Gaps,
     subset: Sequence[str],
     protocol: str,
     folder: Path | None,
@@ -196,8 +216,7 @@ def segmentation_scores(
             if entry["made_by"] == stamp:
                 known.setdefault((entry["subset"], entry["study"]), [metrics.Score.from_json(each) for each in entry["scores"]])
     name, found = "+".join(subset), []
-    ids = getattr(source, "ids", None) or [str(index) for index in range(len(source))]
-    for index, id in enumerate(ids):
+    for index, id in enumerate(source.ids):
         if (name, id) in known:
             found += known[name, id]
             continue
@@ -209,6 +228,7 @@ def segmentation_scores(
             scores = measure(model, sample, subset, overlap, batch)
         except BadSample as error:
             say(f"left out {error.id or id}: {error.reason}")
+            source.left_out.add(index)
             continue
         found += scores
         if path is not None:
@@ -291,7 +311,7 @@ def segmentation_records(
 
 def pooled_records(
     model: StudyHead,
-    source: Source,
+    source: Gaps,
     subset: Sequence[str],
     training: tuple[np.ndarray, np.ndarray] | None,
     facts: Mapping[str, Any],
@@ -301,9 +321,8 @@ def pooled_records(
     two, and accuracy. Survival: C-index and integrated Brier score. Intervals by resampling studies.
     """
     logits, kept = [], []
-    ids = getattr(source, "ids", None) or [str(index) for index in range(len(source))]
     preprocess = Preprocess({name: model.preprocess[name] for name in subset})
-    for index, id in enumerate(ids):
+    for index, id in enumerate(source.ids):
         try:
             sample = source[index]
             if lacking := [fact for fact in model.facts if sample.get(fact) is None]:
@@ -314,6 +333,7 @@ def pooled_records(
             kept.append([sample[fact] for fact in model.facts])
         except BadSample as error:
             say(f"left out {error.id or id}: {error.reason}")
+            source.left_out.add(index)
     if not kept:
         return []
     scores = torch.cat(logits)
@@ -398,6 +418,29 @@ def _record(
         label=f"{facts['model']} {subset}",
         **facts,
     )
+
+
+class Gaps:
+    """A source that remembers what its studies lacked: sequences that are missing or torn, and the studies that were left out."""
+
+    def __init__(self, source: Source):
+        self.source, self.absent, self.left_out = source, dict[int, list[str]](), set[int]()
+        self.name, self.classes, self.labels, self.digest = source.name, source.classes, source.labels, source.digest
+        self.ids = getattr(source, "ids", None) or [str(index) for index in range(len(source))]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.source[index]
+        self.absent[index] = list(sample.get("absent", ()))
+        return sample
+
+    def of(self, subset: Sequence[str]) -> dict[str, Any]:
+        """Studies that lack something of a subset, for records: {"absent": {"t2 is torn": 1}, "studies_left_out": 2}."""
+        parts = sorted(part for parts in self.absent.values() for part in parts if part.partition(" is ")[0] in subset)
+        counts = {part: parts.count(part) for part in dict.fromkeys(parts)}
+        return {**({"absent": counts} if counts else {}), **({"studies_left_out": len(self.left_out)} if self.left_out else {})}
 
 
 # -- embed and predict --------------------------------------------------------------------------------------------------------

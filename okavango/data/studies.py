@@ -1,7 +1,8 @@
 """Studies of several sequences in NIfTI files, and what brings them to a network: prepared once, kept on disk, augmented by seed.
 
 A study is ``{"t1": Scan, "flair": Scan, ..., "present": names, "id": str, "affine": (4, 4)}``, with "seg" (a `Scan` of label
-numbers), "label", "time" and "event" where they are known. Prepared, its sequences are float32 tensors on the network's grid, its
+numbers), "label", "time" and "event" where they are known, and "absent", such as ["t2 is missing", "flair is torn"], where others
+have more. Prepared, its sequences are float32 tensors on the network's grid, its
 "seg" is on the same grid, and "geometry" tells the way back.
 """
 
@@ -183,24 +184,28 @@ class Studies(_Manifest):
         index %= len(self)
         id, files, facts = self.ids[index], self.files[index], self.facts[index]
         sample: dict[str, Any] = {}
+        absent: list[str] = []
         for modality in self.modalities:
-            problem = f"lacks {modality}"
+            problem, state = f"lacks {modality}", "missing"
             try:
                 if modality in files:
                     sample[modality] = read_scan(files[modality])
                     continue
             except Unreadable as error:
-                problem = f"{files[modality].name} {error}"
+                problem, state = f"{files[modality].name} {error}", "torn"
                 if self.missing == "absent":
                     warnings.warn(f"study {id}: {problem}; the sequence is left out", stacklevel=2)
             except ValueError as error:
                 raise BadSample(id, f"{files[modality].name} {error}") from None
             if self.missing == "bad":
                 raise BadSample(id, problem)
+            absent.append(f"{modality} is {state}")
         if not sample:
             raise BadSample(id, "none of its sequences can be read")
         sample["present"], sample["id"] = tuple(sample), id
         sample["affine"] = sample[sample["present"][0]].affine
+        if absent:
+            sample["absent"] = absent
         if "seg" in files:
             try:
                 sample["seg"] = read_scan(files["seg"])
@@ -448,7 +453,7 @@ class Prepared:
         return sample
 
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def _write_prepared(path: Path, sample: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
@@ -162,7 +163,7 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
     log = _Log(out, recipe, accelerator, start)
     if start == 0:
         _preflight(objective, batches.source, out, run, say)
-    clock, bad_seen = _Clock(), 0
+    clock, bad_seen, absent = _Clock(), 0, Counter[str]()
     steps = start if best.over else run.steps
     loader = ending.enter_context(closing(_batches(objective, source, batches, start, steps, run.workers)))
     objective.train()
@@ -173,6 +174,7 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
         for name, reason in bad:
             say(f"bad sample {name} at step {step}: {reason}; another one stands in")
         bad_seen += len(bad)
+        absent.update(batch.pop("absent", ()))
         batch = to_device(batch, device)
         last = micro == run.accumulate - 1
         no_sync = nullcontext if last else getattr(model, "no_sync", nullcontext)
@@ -225,6 +227,9 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
         if stopping and done < run.steps:
             say(f"stopped at step {done} of {run.steps}; the same command goes on from there")
             break
+    if absent:
+        counts = ", ".join(f"{part} in {count}" for part, count in sorted(absent.items()))
+        say(f"of {(done - start) * run.batch // world} samples that were seen: {counts}")
     if done == run.steps or best.over:
         if best.step:
             say(f"the weights of step {best.step} are exported, the best ones")

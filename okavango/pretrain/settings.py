@@ -340,11 +340,17 @@ class BMMAESettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BMMAERecipe(Recipe):
-    """A recipe of masked autoencoding of scans."""
+class ScanRecipe(Recipe):
+    """A recipe on studies of scans."""
 
     data: str = ""
     """folder of NIfTI studies, a table of them, samples/brain ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BMMAERecipe(ScanRecipe):
+    """A recipe of masked autoencoding of scans."""
+
     model: str = "bm_mae"
     """architecture"""
     objective: BMMAESettings = field(default_factory=BMMAESettings)
