@@ -19,6 +19,8 @@ from okavango.models.preprocess import Image, Normalise, Preprocess, PreprocessE
 from okavango.models.raster import SWITCHES, Bands, as_expected, plan
 from okavango.models.sensors import sensor_name
 
+PIXELS = 256  # of each sample that are looked at one by one
+
 
 @dataclass(eq=False)
 class Seen:
@@ -33,6 +35,7 @@ class Seen:
         sizes: (height, width) -> number of samples; dtypes: name -> number.
         descriptions: of rasters, what they say of themselves -> number of samples.
         refused: message of the contract -> number of samples that it refuses.
+        some: of each sample some pixels of `values`, float32 (N, C).
         reference: statistics of stored values that the data should have, such as those of the training set, or None.
     """
 
@@ -52,6 +55,7 @@ class Seen:
     raw: dict[tuple[str, ...], Streaming] = field(default_factory=dict)
     before: Streaming | None = None
     after: Streaming | None = None
+    some: list[np.ndarray] = field(default_factory=list)
 
     @property
     def spec(self) -> Image | Raster:
@@ -89,6 +93,11 @@ class Seen:
     def inputs(self) -> Statistics | None:
         """What the network gets, None where the contract refuses all samples."""
         return None if self.after is None else self.after.finish(units="network input")
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """Some pixels in the units of the contract, in the order of the network, float32 (N, C); nan where nothing was measured."""
+        return np.concatenate(self.some) if self.some else np.empty((0, len(self.spec.channels)), np.float32)
 
     @cached_property
     def expected(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -189,7 +198,12 @@ def look(
         if names not in seen.raw:
             seen.raw[names] = Streaming(names, split)
         seen.raw[names].update(values, mask)
-        seen.before = _updated(seen.before, seen.spec.channels, _values(plain, seen.spec, modality, image))
+        in_units = _values(plain, seen.spec, modality, image)
+        seen.before = _updated(seen.before, seen.spec.channels, in_units)
+        if in_units is not None and isinstance(seen.spec, Raster):
+            cells = in_units.flatten(1)
+            few = np.linspace(0, cells.shape[1] - 1, min(PIXELS, cells.shape[1])).astype(int)
+            seen.some.append(cells[:, few].T.float().numpy())
         try:
             seen.after = _updated(seen.after, seen.spec.channels, preprocess(**{modality: image})[modality][0])
         except PreprocessError as error:
