@@ -17,7 +17,7 @@ from okavango.data.sources import Arrays, Part, open_source
 from okavango.doctor.check import Report, candidates, preprocess_check, weighed
 from okavango.doctor.checks import Finding, better_order, examine, misfit
 from okavango.doctor.page import render
-from okavango.doctor.seen import chosen, look
+from okavango.doctor.seen import chosen, look, places
 from okavango.doctor.trials import Candidate, Trial, compare
 from okavango.models.backbone import Backbone, FeatureInfo
 from okavango.models.band_statistics import STATISTICS
@@ -370,6 +370,37 @@ def test_bands_of_other_contracts_are_put_in_order_too():
     assert "channel order" not in found(Land(eight, channels=camera, **said), flown)[0]
     finding = found(Land(eight, channels=("green", "blue", "nir", "red"), **said), flown)[0]["channel order"]
     assert finding.severity == "wrong"
+
+
+def test_rasters_under_a_contract_for_pictures_are_named_and_put_in_order():
+    """Eight-bit bands of which a network of pictures takes three: all bands of the file tell the order, not only those three."""
+    rule = Normalise(rule="standard", mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    pictures = Preprocess(image=Image(channels=("red", "green", "blue"), size=(32, 32), scale=1 / 255, normalise=rule))
+    bands = ("B1", "B2", "B3", "B4", "B5", "B7")
+    rng = np.random.default_rng(0)
+    covers = land_cover([centre or 0.0 for centre in wavelengths("landsat-7", bands)], rng, 4000)
+    mean, std = np.array([81, 67, 67, 69, 90, 59]), np.array([15, 17, 24, 15, 25, 23])  # of a scene in North Carolina
+    cells = (mean + std * (covers - covers.mean(0)) / covers.std(0)).clip(1, 255).astype(np.uint8)
+    tiles = cells[: 15 * 256].reshape(15, 16, 16, 6).transpose(0, 3, 1, 2)
+
+    class Tiles:
+        name, classes, digest, labels = "tiles", (), "0" * 64, None
+
+        def __init__(self, called):
+            self.called = called
+
+        def __len__(self):
+            return len(tiles)
+
+        def __getitem__(self, index):
+            return {"image": Bands(values=tiles[index], channels=self.called, sensor="landsat-7", level="L1", units="u8")}
+
+    report = ok.preprocess_check(pictures, Tiles(bands), say=lambda text: None)
+    assert report.steps[1] == "channels: red, green, blue are B3, B2, B1"
+    assert places(report.seen) == [2, 1, 0] and "channel order" not in {finding.check for finding in report.findings}
+    report = ok.preprocess_check(pictures, Tiles(bands[::-1]), say=lambda text: None)
+    finding = next(finding for finding in report.findings if finding.check == "channel order")
+    assert finding.severity == "wrong" and finding.data == {"channels": bands} and "the reverse" in finding.sentence
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from okavango.doctor.orders import Reordered, find_order
-from okavango.doctor.seen import Seen, typical
+from okavango.doctor.seen import Seen, places, typical
 from okavango.models.band_statistics import STATISTICS
-from okavango.models.preprocess import Image, Normalise, PreprocessError, Raster
-from okavango.models.raster import SWITCHES, UNITS, as_expected, plan
+from okavango.models.preprocess import Image, Normalise, Raster
+from okavango.models.raster import UNITS
 from okavango.models.sensors import HARMONISED, baseline_offset, sensor_name
 
 Severity = Literal["ok", "look", "wrong"]
@@ -374,7 +374,7 @@ def fit(seen: Seen) -> Iterator[Finding]:
 
 def channel_order(seen: Seen) -> Iterator[Finding]:
     """The channels lie in another order than they are named in; of bands, see `okavango.doctor.orders`."""
-    yield from _order_of_bands(seen) if isinstance(seen.spec, Raster) else _order_of_colours(seen)
+    yield from _order_of_colours(seen) if seen.described is None and isinstance(seen.spec, Image) else _order_of_bands(seen)
 
 
 def _order_of_colours(seen: Seen) -> Iterator[Finding]:
@@ -397,23 +397,24 @@ def _order_of_colours(seen: Seen) -> Iterator[Finding]:
 
 
 def _order_of_bands(seen: Seen) -> Iterator[Finding]:
-    spec, found = seen.spec, reordered(seen)
+    channels, found = named(seen), reordered(seen)
     if found is None:
         return
     moved = [k for k, other in enumerate(found.order) if k != other]
-    theirs = ", ".join(spec.channels[found.order[k]] for k in moved)
+    theirs = ", ".join(channels[found.order[k]] for k in moved)
     how = f" ({found.habit})" if found.habit else ""
     sentence = (
         f"The bands {'lie' if found.sure else 'seem to lie'} in another order than they are named in{how}: what is called {theirs} "
-        f"looks like {', '.join(spec.channels[k] for k in moved)}. That leaves {found.then:.1f} unexplained of their means, "
+        f"looks like {', '.join(channels[k] for k in moved)}. That leaves {found.then:.1f} unexplained of their means, "
         f"deviations and correlations, the order as named {found.now:.1f}. "
     )
-    evidence: dict[str, Any] = {**found.evidence, "order": [spec.channels[k] for k in found.order]}
+    evidence: dict[str, Any] = {**found.evidence, "order": [channels[k] for k in found.order]}
     severity: Severity = "wrong" if found.sure else "look"
     if seen.described is None:
         yield Finding("channel order", severity, sentence + "Check the order in the files.", evidence)
         return
-    called, taken = list(seen.described.channels), places(seen)
+    called = list(seen.described.channels)
+    taken = places(seen) if isinstance(seen.spec, Raster) else range(len(called))
     for place, other in enumerate(found.order):
         here, there = taken[place], taken[other]
         if here is not None and there is not None:
@@ -423,24 +424,27 @@ def _order_of_bands(seen: Seen) -> Iterator[Finding]:
     yield Finding("channel order", severity, sentence, evidence, change, data={"channels": tuple(called)})
 
 
+def named(seen: Seen) -> tuple[str, ...]:
+    """What the columns of `seen.pixels` are called: bands of a contract for rasters, those of the data for one for pictures."""
+    return seen.spec.channels if isinstance(seen.spec, Raster) else seen.kind
+
+
 def reordered(seen: Seen) -> Reordered | None:
     """The order that explains the bands clearly better than the one that they are named in; bands that the data lack stay."""
-    spec, described = seen.spec, seen.described
-    assert isinstance(spec, Raster)
-    kept = [k for k in range(len(spec.channels)) if np.isfinite(seen.pixels[:, k]).any()]
-    expected = seen.expected if seen.spec.normalise.rule == "standard" else None
-    found = find_order(
-        seen.pixels[:, kept],
-        [spec.channels[k] for k in kept],
-        sensor=spec.sensor or (described.sensor if described else ""),
-        level=(described.level if described else "") or spec.level,
-        units=spec.units,
-        expected=None if expected is None else (expected[0][kept], expected[1][kept]),
-        files=_usual_orders(spec, places(seen)) if len(kept) == len(spec.channels) else (),
-    )
+    spec, described, channels = seen.spec, seen.described, named(seen)
+    kept = [k for k in range(len(channels)) if np.isfinite(seen.pixels[:, k]).any()]
+    about = {"sensor": described.sensor, "level": described.level, "units": described.units} if described else {}
+    expected, files = None, []
+    if isinstance(spec, Raster):
+        about = {"sensor": spec.sensor or about.get("sensor", ""), "level": about.get("level") or spec.level, "units": spec.units}
+        if seen.expected is not None and spec.normalise.rule == "standard":
+            expected = seen.expected[0][kept], seen.expected[1][kept]
+        if len(kept) == len(channels):
+            files = _usual_orders(spec, places(seen))
+    found = find_order(seen.pixels[:, kept], [channels[k] for k in kept], expected=expected, files=files, **about)
     if found is None:
         return None
-    order = list(range(len(spec.channels)))
+    order = list(range(len(channels)))
     for place, other in zip(kept, found.order, strict=True):
         order[place] = kept[other]
     return replace(found, order=tuple(order))
@@ -601,21 +605,6 @@ def _misfit(seen: Seen, factor: float = 1.0) -> float:
 def _moments(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
     assert seen.values is not None
     return np.asarray(seen.values.mean), np.asarray(seen.values.std)
-
-
-def places(seen: Seen) -> list[int | None]:
-    """For each place of the network, the number of the stored channel that stands there; None where none does."""
-    count, have = len(seen.spec.channels), len(seen.kind)
-    if isinstance(seen.spec, Raster):
-        try:
-            made = plan(seen.spec, seen.described or as_expected(seen.spec), allow=dict.fromkeys(SWITCHES, ""))
-        except PreprocessError:
-            return [None] * count
-        return list(dict(next(step for step in made.steps if step.op == "select").arguments)["indices"])
-    if have in (1, 2):
-        return [0] * count
-    names = [channel if channel in seen.kind else None for channel in seen.spec.channels]
-    return [seen.kind.index(name) if name else k if k < have else None for k, name in enumerate(names)]
 
 
 def _percent(share: float) -> str:
