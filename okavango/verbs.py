@@ -20,7 +20,7 @@ from torch import nn
 
 from okavango.data.loading import derive
 from okavango.data.places import Places, find_places
-from okavango.data.sources import Part, Source, cached, open_source
+from okavango.data.sources import BadSample, Part, Source, cached, open_source
 from okavango.downstream.classification.features import Embedded, extract_features, raw_pixels
 from okavango.downstream.classification.head import Classifier
 from okavango.downstream.classification.protocols import SWEEPS, FittedSweep, Outcome, evaluate_features, fit, fit_sweep, resolve
@@ -660,6 +660,8 @@ def predict(
 ) -> list[tuple[str, list]]:
     """Classes of pictures by a fine-tuned checkpoint: (id, [(class, probability), ...] best first).
 
+    A picture that cannot be read is named and left out.
+
     Args:
         checkpoint: see `open_head`.
         data: pictures, see `open_source`; with `out`, one scene, see `okavango.data.geotiff.Scene`.
@@ -668,7 +670,7 @@ def predict(
         batch: pictures per forward pass. top: classes per picture.
         cut, allow: of scenes only.
     Raises:
-        ValueError: the checkpoint holds no classifier.
+        ValueError: the checkpoint holds no classifier, or no picture can be read.
     """
     model, name, _ = open_head(checkpoint)
     if not isinstance(model, Classifier):
@@ -680,7 +682,14 @@ def predict(
         raise ValueError("tiles and what goes with them are for one scene; name the map by --out FILE.tif")
     source, results = open_source(data), []
     for start in range(0, len(source), batch):
-        samples = [source[i] for i in range(start, min(start + batch, len(source)))]
+        samples = []
+        for index in range(start, min(start + batch, len(source))):
+            try:
+                samples.append(source[index])
+            except BadSample as error:
+                say(f"left out {error}")
+        if not samples:
+            continue
         images: Any = [sample["image"] for sample in samples]
         probabilities = model.predict(model.preprocess(**{model.modality: images}))
         values, classes = probabilities.topk(min(top, probabilities.shape[1]))
@@ -688,6 +697,8 @@ def predict(
             best = [(model.classes[k], p) for k, p in zip(picks, row, strict=True)]
             say(f"{sample['id']}\t" + "\t".join(f"{name} {p:.3f}" for name, p in best))
             results.append((sample["id"], best))
+    if not results:
+        raise ValueError(f"none of the {len(source)} pictures of {source.name} can be read")
     return results
 
 

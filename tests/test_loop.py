@@ -124,6 +124,16 @@ def test_average_of_weights_is_what_is_exported(tmp_path):
     assert len(predicted) == 40
     _, best = verbs.predict(str(out / "export"), pictures(), top=4, say=quiet)[0]
     assert sum(probability for _, probability in best) == pytest.approx(1)
+    lines: list[str] = []
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "torn.jpg").write_bytes(b"\xff\xd8 and no more")
+    with pytest.raises(ValueError, match="none of the 1 pictures of mixed"):
+        verbs.predict(str(out / "export"), str(tmp_path / "mixed"), say=lines.append)
+    Image.fromarray(pictures()[0]["image"].permute(1, 2, 0).numpy().squeeze()).save(tmp_path / "mixed" / "whole.png")
+    assert [id for id, _ in verbs.predict(str(out / "export"), str(tmp_path / "mixed"), batch=1, say=lines.append)] == ["whole.png"]
+    assert lines[0] == lines[1] and lines[0].startswith("left out torn.jpg: ") and ".cpp" not in lines[0]
+    verbs.finetune(recipe, data=pictures(), out=tmp_path / "ft", say=lines.append, **changes)
+    assert lines[-2:] == ["all 6 steps are made already", f"exported: {tmp_path / 'ft' / 'export'}"]
 
 
 def test_run_starts_from_either_export(tmp_path):

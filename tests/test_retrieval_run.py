@@ -358,7 +358,7 @@ def test_bad_input_is_one_clear_line(folder, checkpoint, tmp_path, capsys):
         ([*base, "--data", str(root), "--top", "0"], 1, "--top 0"),
         ([*base[:3], "retrieval/utm30", "--data", str(root)], 1, "unknown protocol"),
         ([*base, "knn", "--data", str(root)], 2, "measured alone"),
-        (["evaluate", "thumbnail", "--data", str(root), "--rerank", "mutual-nn"], 2, "go with --protocol retrieval/utm25"),
+        (["evaluate", "thumbnail", "--data", str(root), "--rerank", "mutual-nn"], 2, "rerank does not go with protocol knn"),
         (["evaluate", "thumbnail"], 2, "--data is needed"),
     ):
         assert cli.main(arguments) == status, arguments

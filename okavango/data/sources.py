@@ -450,6 +450,7 @@ def decode(data: bytes, id: str, max_side: int | None = None) -> Tensor:
             return _from_pil(picture, max_side)
     except Exception as error:  # decoders raise almost anything on torn data
         reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else (str(error) or type(error).__name__)
+        reason = re.sub(r"^\w+, \S+:\d+, ", "", reason)  # torchvision puts its function, file and line in front
         raise BadSample(id, reason.splitlines()[0][:200]) from None
 
 

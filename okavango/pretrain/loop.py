@@ -235,6 +235,7 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
             say(f"the weights of step {best.step} are exported, the best ones")
         with best.applied() if best.step else average.applied():
             _export(_whole(objective, template, main), out, recipe, card, base, main)
+        say(f"exported: {out / 'export'}")
         if main:
             learning_curves(out / "log.jsonl", out / "curves.png")
             if hasattr(objective, "after_run"):
@@ -356,8 +357,8 @@ def _resume(objective, optimiser, average, best, recipe: Recipe, out: Path, acce
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(found.meta["gradient_scaler"])
     state.cut_log(out / "log.jsonl", found.step)
-    if found.step < recipe.run.steps:
-        say(f"resuming at step {found.step} of {recipe.run.steps}")
+    left = found.step < recipe.run.steps
+    say(f"resuming at step {found.step} of {recipe.run.steps}" if left else f"all {found.step} steps are made already")
     return found.step
 
 
