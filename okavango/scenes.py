@@ -164,6 +164,8 @@ def _write_map(
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
     spec, folder = model.preprocess.array(modality), out.with_name(f"{out.name}.partial")
     with geotiff.cache(CACHE), Scene(where, bands=_needed(spec, where, allow, say)) as scene, run_lock(folder):
+        if out.exists() and any(path.exists() and path.samefile(out) for path in scene.files):
+            raise ValueError(f"--out {out}: is a file of the scene itself; choose another name")
         tiles = Tiles(scene.height, scene.width, cut.tile or min(spec.size), cut.overlap)
         made = {
             "format_version": FORMAT_VERSION,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -42,3 +44,23 @@ def weights(out: Path) -> dict[str, bytes]:
         for folder in ("export", "export-full")
         for name, tensor in load_file(out / folder / "model.safetensors").items()
     }
+
+
+def land_cover(centres: Sequence[float], rng: np.random.Generator, count: int, shares: Sequence[float] | None = None) -> np.ndarray:
+    """Reflectances (count, C) of pixels that mix soil, plants, water and roofs, with shade and haze, at wavelengths in nm.
+
+    Bands of such pixels correlate as those of real scenes do. `shares` are the four parameters of a Dirichlet distribution.
+    """
+    curves = (
+        ((440, 1600, 2200), (0.06, 0.38, 0.34)),
+        (
+            (440, 490, 560, 665, 705, 740, 783, 865, 945, 1375, 1610, 2200),
+            (0.03, 0.03, 0.07, 0.03, 0.1, 0.28, 0.36, 0.38, 0.37, 0.05, 0.2, 0.09),
+        ),
+        ((440, 560, 705, 865, 2200), (0.07, 0.05, 0.02, 0.01, 0.005)),
+        ((440, 865, 2200), (0.16, 0.24, 0.25)),
+    )
+    pure = np.stack([np.interp(centres, *curve) for curve in curves])
+    mixed = rng.dirichlet(rng.uniform(0.3, 1.5, 4) if shares is None else shares, count) @ pure
+    haze = 0.02 * rng.normal(size=(count, 1)) * np.exp(-(np.asarray(centres) - 440) / 250)
+    return mixed * (1 + 0.15 * rng.normal(size=(count, 1))) + 0.006 * rng.normal(size=mixed.shape) + haze

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import land_cover
 from PIL import Image as Pillow
 
 import okavango as ok
@@ -16,13 +17,14 @@ from okavango.data.sources import Arrays, Part, open_source
 from okavango.doctor.check import Report, candidates, preprocess_check, weighed
 from okavango.doctor.checks import Finding, better_order, examine, misfit
 from okavango.doctor.page import render
-from okavango.doctor.seen import chosen, look
+from okavango.doctor.seen import chosen, look, places
 from okavango.doctor.trials import Candidate, Trial, compare
 from okavango.models.backbone import Backbone, FeatureInfo
 from okavango.models.band_statistics import STATISTICS
 from okavango.models.features import Features
 from okavango.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Image, Normalise, Preprocess, Raster, Resize
 from okavango.models.raster import Bands
+from okavango.models.sensors import wavelengths
 
 EVIL = "<script>window.hacked=1</script>\"'&"
 NET = "elastic_vit_tiny.poa_fashion"
@@ -208,7 +210,10 @@ SAID = {"channels": S2, "sensor": "sentinel-2", "level": "L1C", "units": "dn", "
 
 
 class Land:
-    """Made-up tiles whose bands have the statistics of EuroSAT; `change` works on the numbers, `said` on the description."""
+    """Made-up tiles whose bands have the statistics of EuroSAT; `change` works on the numbers, `said` on the description.
+
+    The three classes differ in what covers the ground, so bands correlate as real ones do.
+    """
 
     name, classes, digest = "land", ("field", "wood", "town"), "0" * 64
 
@@ -217,15 +222,23 @@ class Land:
         self.labels = np.arange(count) % 3
         self.bands = tuple(self.said.pop("stored", S2))
         self.moments = [np.array(statistics.of(name, self.bands))[:, None, None] for name in ("mean", "std")]
+        self.centres = [centre or 0.0 for centre in wavelengths(statistics.sensor, self.bands)]
+        covers = np.concatenate([self.cover(np.random.default_rng(label), label, 2000) for label in range(3)])
+        self.plain = covers.mean(0), covers.std(0)
+
+    def cover(self, rng, label, count):
+        """Cells (count, C) of one class: soil and plants, plants, roofs."""
+        if self.statistics.sensor == "sentinel-1":
+            return rng.normal(size=(count, 1)) + 0.5 * rng.normal(size=(count, len(self.bands)))
+        return land_cover(self.centres, rng, count, ((2, 1, 0.2, 0.3), (0.3, 3, 0.3, 0.1), (0.6, 0.5, 0.3, 3))[label])
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        rng = np.random.default_rng(index)
         mean, std = self.moments
-        pattern = np.sin(np.arange(len(self.bands)) * (1 + index % 3))[:, None, None]
-        values = mean + std * (0.6 * pattern + 0.3 * rng.normal() + 0.9 * rng.normal(size=(len(self.bands), 16, 16)))
+        cover = self.cover(np.random.default_rng([7, index]), index % 3, 256)
+        values = mean + std * ((cover - self.plain[0]) / self.plain[1]).T.reshape(-1, 16, 16)
         if self.statistics is EUROSAT:
             values = values.clip(1, 28000).round()
         return {"image": Bands(values=self.change(values), **self.said), "label": int(self.labels[index]), "id": f"tile {index}"}
@@ -271,7 +284,9 @@ SWAPPED = (S2[0], S2[3], S2[2], S2[1], *S2[4:])
         ("nodata", "wrong", Land(lambda v: holes(v, 65535, np.uint16)), {"nodata": 65535}),
         ("empty", "look", Land(lambda v: holes(v, 0, np.uint16)), {"nodata": 0.0}),
         ("channel order", "wrong", Land(as_uint16, stored=FILE_ORDER), {"channels": FILE_ORDER}),
-        ("channel order", "wrong", Land(as_uint16, channels=SWAPPED), {"channels": S2}),
+        ("channel order", "wrong", Land(as_uint16, channels=S2[::-1]), {"channels": S2}),
+        ("channel order", "wrong", Land(as_uint16, channels=(*S2[1:], S2[0])), {"channels": S2}),
+        ("channel order", "look", Land(as_uint16, channels=SWAPPED), {"channels": S2}),
         ("normalised twice", "wrong", Land(lambda v: (v - v.mean((1, 2), keepdims=True)) / v.std((1, 2), keepdims=True)), {}),
         ("resolution", "look", Land(as_uint16, resolution=30.0), {}),
         ("constant", "wrong", Land(lambda v: as_uint16(np.where(np.arange(13)[:, None, None] == 4, 900, v))), {}),
@@ -335,6 +350,59 @@ def test_the_other_processing_level_is_suspected():
     assert found(Land(clip, statistics=above, **{**said, "level": "L1C"}), contract.replace("image", level="L1C"))[0] == {}
 
 
+def test_bands_of_other_contracts_are_put_in_order_too():
+    """Contracts that normalise nothing, and pictures from an aeroplane; the sentence says what to do."""
+    below = STATISTICS["bigearthnet"]
+    bands = tuple(name for name in S2 if name != "B10")
+    contract = LAND.replace("image", channels=bands, level="L2A", normalise=Normalise())
+    said = {"stored": bands, "level": "L2A", "statistics": below}
+    clip = lambda v: v.clip(1).round().astype(np.uint16)  # noqa: E731
+    assert "channel order" not in found(Land(clip, channels=bands, **said), contract)[0]
+    shifted = (*bands[1:], bands[0])
+    finding = found(Land(clip, channels=shifted, **said), contract)[0]["channel order"]
+    assert finding.severity == "wrong" and finding.data["channels"] == bands and "shifted by one" in finding.sentence
+    assert json.dumps(list(bands)) in finding.sentence
+
+    camera = ("red", "green", "blue", "nir")
+    flown = Preprocess(image=Raster(channels=camera, sensor="naip", units="u8", size=(16, 16)))
+    said = {"sensor": "naip", "level": "", "units": "u8", "baseline": "", "statistics": STATISTICS["clay_naip"], "stored": camera}
+    eight = lambda v: v.clip(0, 255).round().astype(np.uint8)  # noqa: E731
+    assert "channel order" not in found(Land(eight, channels=camera, **said), flown)[0]
+    finding = found(Land(eight, channels=("green", "blue", "nir", "red"), **said), flown)[0]["channel order"]
+    assert finding.severity == "wrong"
+
+
+def test_rasters_under_a_contract_for_pictures_are_named_and_put_in_order():
+    """Eight-bit bands of which a network of pictures takes three: all bands of the file tell the order, not only those three."""
+    rule = Normalise(rule="standard", mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    pictures = Preprocess(image=Image(channels=("red", "green", "blue"), size=(32, 32), scale=1 / 255, normalise=rule))
+    bands = ("B1", "B2", "B3", "B4", "B5", "B7")
+    rng = np.random.default_rng(0)
+    covers = land_cover([centre or 0.0 for centre in wavelengths("landsat-7", bands)], rng, 4000)
+    mean, std = np.array([81, 67, 67, 69, 90, 59]), np.array([15, 17, 24, 15, 25, 23])  # of a scene in North Carolina
+    cells = (mean + std * (covers - covers.mean(0)) / covers.std(0)).clip(1, 255).astype(np.uint8)
+    tiles = cells[: 15 * 256].reshape(15, 16, 16, 6).transpose(0, 3, 1, 2)
+
+    class Tiles:
+        name, classes, digest, labels = "tiles", (), "0" * 64, None
+
+        def __init__(self, called):
+            self.called = called
+
+        def __len__(self):
+            return len(tiles)
+
+        def __getitem__(self, index):
+            return {"image": Bands(values=tiles[index], channels=self.called, sensor="landsat-7", level="L1", units="u8")}
+
+    report = ok.preprocess_check(pictures, Tiles(bands), say=lambda text: None)
+    assert report.steps[1] == "channels: red, green, blue are B3, B2, B1"
+    assert places(report.seen) == [2, 1, 0] and "channel order" not in {finding.check for finding in report.findings}
+    report = ok.preprocess_check(pictures, Tiles(bands[::-1]), say=lambda text: None)
+    finding = next(finding for finding in report.findings if finding.check == "channel order")
+    assert finding.severity == "wrong" and finding.data == {"channels": bands} and "the reverse" in finding.sentence
+
+
 # -- numbers ----------------------------------------------------------------------------------------------------------------
 
 
@@ -343,9 +411,7 @@ def test_only_channels_that_gain_by_it_change_places():
     order, gain = better_order(mean[[3, 1, 2, 0]], std, mean, std, 1.0)
     assert order == [3, 1, 2, 0] and gain == pytest.approx(2 * 64)
     assert better_order(mean[[0, 2, 1, 3]], std, mean, std, 1.0) == ([0, 1, 2, 3], 0.0)  # a gain of 0.02 is none
-    usual = [[1, 0, 2, 3], [3, 2, 1, 0]]
-    assert better_order(mean[[3, 1, 2, 0]], std, mean, std, 1.0, usual)[0] == [3, 2, 1, 0]  # almost as good, and somebody uses it
-    assert better_order(mean, std, mean, std, 1.0, usual) == ([0, 1, 2, 3], 0.0)
+    assert better_order(mean, std, mean, std, 1.0) == ([0, 1, 2, 3], 0.0)
     rotated = better_order(mean[[1, 3, 0, 2]], std, mean, std, 1.0)[0]
     assert [mean[[1, 3, 0, 2]][k] for k in rotated] == mean.tolist()
 

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 import torch
 import torch.nn.functional as F
 from affine import Affine
@@ -21,8 +22,8 @@ from PIL import Image
 from okavango.data import geotiff
 from okavango.data.geotiff import GeoError, Scene, read
 from okavango.data.sources import BadSample, ImageFolder, Patches, cached, open_source
-from okavango.models.preprocess import PreprocessError, Raster
-from okavango.models.raster import plan
+from okavango.models.preprocess import Preprocess, PreprocessError, Raster
+from okavango.models.raster import Bands, plan
 
 ORIGIN = (600_000, 5_700_000)
 
@@ -568,3 +569,199 @@ def test_pictures_in_tiff_files_stay_pictures(tmp_path):
     tmp_path.mkdir()
     Image.fromarray(np.full((4, 4), 65535, np.uint16)).save(tmp_path / "grey.tif")
     assert open_source(tmp_path)[0]["image"].max() == 255
+
+
+# -- what files in the wild are like ----------------------------------------------------------------------------------------
+
+
+def test_files_with_marks_of_their_own_do_not_make_gaps_in_each_other(tmp_path):
+    first, second = numbers(1, 4, 4, dtype="uint8"), numbers(1, 4, 4, seed=1)
+    first[0, 0, 0], second[0, 0, 0], second[0, 3, 3] = 255, 255, 0
+    write(tmp_path / "x_B02.tif", first, nodata=255)
+    write(tmp_path / "x_B03.tif", second, nodata=0)
+    bands = read(tmp_path)
+    assert bands.nodata is None and bands.values[1, 0, 0] == 255
+    assert (~bands.mask).sum() == 2 and not bands.mask[0, 0, 0] and not bands.mask[1, 3, 3]
+    write(tmp_path / "x_B03.tif", second)  # without a tag, every value is a measurement
+    assert (~read(tmp_path).mask).sum() == 1
+
+
+def test_a_mark_that_is_no_number_hides_nothing_in_whole_numbers(tmp_path):
+    bands = read(write(tmp_path / "a.tif", numbers(1, 4, 4)), nodata=float("nan"))
+    assert bands.nodata is None and bands.mask is None
+    values = numbers(1, 4, 4, dtype="float32")
+    values[0, 1, 1] = np.nan
+    bands = read(write(tmp_path / "b.tif", values, nodata=np.nan), window=(0, 0, 5, 4))
+    assert (~bands.mask).sum() == 1 + 4
+
+
+def test_a_mask_beside_the_file_counts(tmp_path):
+    valid = np.full((6, 6), 255, np.uint8)
+    valid[2:4] = 0
+    path = write(tmp_path / "a.tif", numbers(2, 6, 6), names=("B02", "B03"))
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as dataset:
+        dataset.write_mask(valid)
+    assert (tmp_path / "a.tif.msk").exists()
+    np.testing.assert_array_equal(read(path).mask, np.stack([valid > 0] * 2))
+    assert read(path, window=(4, 0, 2, 6)).mask is None
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_mask_of_a_later_patch_is_not_overlooked(tmp_path, beside):
+    for name in "abc":
+        write(tmp_path / f"field/{name}.tif", numbers(1, 6, 6), names=("B02",))
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=not beside), rasterio.open(tmp_path / "field/b.tif", "r+") as dataset:
+        dataset.write_mask(np.eye(6, dtype=np.uint8) * 255)
+    patches = Patches(ImageFolder(tmp_path))
+    assert patches[0]["image"].mask is None and patches[2]["image"].mask is None
+    np.testing.assert_array_equal(patches[1]["image"].mask[0], np.eye(6) > 0)
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ({"nodata": 0}, "nodata 0.0, and the first file has None"),
+        ({"names": ("B03", "B02")}, r"names of bands \('B03', 'B02'\), and the first file has \('B02', 'B03'\)"),
+        ({"scales": (1e-4, 1e-4)}, "scales .*, and the first file has"),
+    ],
+)
+def test_a_patch_that_says_something_else_is_named(tmp_path, tags, message):
+    write(tmp_path / "field/a.tif", numbers(2, 4, 4), names=("B02", "B03"))
+    write(tmp_path / "field/b.tif", numbers(2, 4, 4), **{"names": ("B02", "B03"), **tags})
+    with pytest.raises(BadSample, match=message):
+        Patches(ImageFolder(tmp_path))[1]
+
+
+def test_masked_arrays_of_rasterio_are_bands_with_their_mask(tmp_path):
+    values = numbers(2, 5, 5)
+    values[:, 1, 2] = 0
+    path = write(tmp_path / "a.tif", values, names=("B04", "B03"), nodata=0)
+    about = {"channels": ("B04", "B03"), "sensor": "sentinel-2", "level": "L2A", "units": "dn", "baseline": "02.08"}
+    with rasterio.open(path) as dataset:
+        bands = Bands(values=dataset.read(masked=True), **about)
+        with pytest.raises(PreprocessError, match="a masked array, and a mask besides"):
+            Bands(values=dataset.read(masked=True), mask=np.ones((5, 5), bool), **about)
+    assert not isinstance(bands.values, np.ma.MaskedArray) and not bands.mask[:, 1, 2].any() and bands.mask.sum() == 48
+    spec = Preprocess(image=Raster(channels=("B03", "B04"), sensor="sentinel-2", level="L2A", units="dn", size=(5, 5)))
+    torch.testing.assert_close(spec(image=bands)["image"], spec(image=Bands(values=values, nodata=0, **about))["image"])
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32", "float64"])
+def test_the_order_of_bytes_in_a_file_does_not_matter(tmp_path, dtype):
+    values = numbers(2, 6, 6, dtype=dtype)
+    path = write(tmp_path / "a.tif", values, names=("B04", "B03"), ENDIANNESS="BIG")
+    assert path.read_bytes()[:2] == b"MM"
+    bands = read(path)
+    np.testing.assert_array_equal(bands.values, values)
+    about = {"channels": ("red", "green"), "sensor": "naip", "units": "reflectance", "scale": 1e-3}
+    spec = Preprocess(image=Raster(channels=("red",), sensor="naip", units="reflectance", size=(6, 6)))
+    swapped = values.astype(values.dtype.newbyteorder(">"))
+    torch.testing.assert_close(
+        spec(image=Bands(values=swapped, **about))["image"], spec(image=Bands(values=values, **about))["image"]
+    )
+
+
+@pytest.mark.parametrize("angle", [0, 30, 90, 180])
+def test_a_grid_at_an_angle_is_read_and_stays_where_it_lies(tmp_path, angle):
+    turned = Affine.translation(*ORIGIN) * Affine.rotation(angle) * Affine.scale(10, -10)
+    values = numbers(2, 8, 6)
+    write(tmp_path / "x_B02.tif", values[:1], transform=turned)
+    write(tmp_path / "x_B03.tif", values[1:], transform=turned)
+    with Scene(tmp_path) as scene:
+        bands = scene.read((2, 1, 3, 4))
+        assert scene.block >= 1
+    np.testing.assert_array_equal(bands.values, values[:, 2:5, 1:5])
+    assert bands.resolution == pytest.approx(10)
+    assert tuple(bands.transform) == pytest.approx(tuple(turned * Affine.translation(1, 2))[:6])
+    if angle == 30:
+        with pytest.raises(GeoError, match="lies at an angle to its coordinate system; leave resolution= out"):
+            read(tmp_path, resolution=20)
+        write(tmp_path / "x_B04.tif", numbers(1, 4, 3), transform=turned * Affine.scale(2))
+        with pytest.raises(GeoError, match="x_B04.tif: 3x4 pixels .* cover the same place"):
+            read(tmp_path)
+
+
+def test_a_file_that_stands_on_its_head_is_not_mixed_with_others(tmp_path):
+    write(tmp_path / "x_B02.tif", numbers(1, 8, 8))
+    head = Affine(10, 0, ORIGIN[0], 0, 10, ORIGIN[1] - 80)
+    write(tmp_path / "x_B03.tif", numbers(1, 8, 8), transform=head)
+    with pytest.raises(GeoError, match="x_B03.tif: 8x8 pixels"):
+        read(tmp_path)
+    alone = read(tmp_path / "x_B03.tif")
+    np.testing.assert_array_equal(alone.values, numbers(1, 8, 8))
+    assert alone.transform == (10, 0, ORIGIN[0], 0, 10, ORIGIN[1] - 80)
+
+
+def test_resolution_is_in_metres_where_maps_are_in_feet(tmp_path):
+    feet = read(write(tmp_path / "a.tif", numbers(1, 4, 4), metres=10.0, crs="EPSG:2264"))
+    assert feet.resolution == pytest.approx(10 * 1200 / 3937)
+    degrees = read(write(tmp_path / "b.tif", numbers(1, 4, 4), metres=0.001, crs="EPSG:4326", origin=(8, 50)))
+    assert degrees.resolution is None
+
+
+def test_files_of_different_extent_are_named_with_both(tmp_path):
+    write(tmp_path / "x_B04_10m.tif", numbers(1, 12, 12))
+    write(tmp_path / "x_B05_20m.tif", numbers(1, 8, 6), metres=20.0)
+    with pytest.raises(GeoError, match=r"x_B05_20m.tif: 6x8 pixels over .* x_B04_10m.tif has 12x12 over"):
+        read(tmp_path)
+    write(tmp_path / "x_B05_20m.tif", numbers(1, 7, 7), metres=20.0)  # a pixel more, as at the borders of products
+    assert read(tmp_path).values.shape == (2, 12, 12)
+
+
+def test_a_palette_is_not_taken_for_a_measurement(tmp_path):
+    path = write(tmp_path / "a.tif", numbers(1, 4, 4, dtype="uint8"), photometric="palette")
+    with rasterio.open(path, "r+") as dataset:
+        dataset.write_colormap(1, {number: (number, 0, 255 - number, 255) for number in range(256)})
+    bands = read(path)
+    assert (bands.channels, bands.units) == (("palette",), "")
+    spec = Preprocess(image=Raster(channels=("red",), sensor="", units="u8", size=(4, 4)))
+    with pytest.raises(PreprocessError, match="unit of the data is not known"):
+        spec(image=bands)
+    with pytest.raises(PreprocessError, match="the data lack band red; they have palette"):
+        spec(image=read(path, units="u8"))
+    assert read(path, channels=["classes"]).channels == ("classes",)  # a map of classes may have colours
+
+
+def test_complex_numbers_are_refused(tmp_path):
+    path = write(tmp_path / "a.tif", numbers(1, 4, 4).astype("complex64"), names=("VV",))
+    with pytest.raises(GeoError, match="a.tif: holds complex numbers; write their magnitude or power"):
+        read(path)
+
+
+def test_overviews_are_never_read(tmp_path):
+    values = numbers(1, 256, 256)
+    path = write(tmp_path / "a.tif", values, tiled=True, blockxsize=128, blockysize=128)
+    with rasterio.open(path, "r+") as dataset:
+        dataset.build_overviews([2, 4], rasterio.enums.Resampling.nearest)
+    cog = tmp_path / "cog.tif"
+    with rasterio.open(path) as source:
+        rasterio.shutil.copy(source, cog, driver="COG", blocksize=128, overview_resampling="nearest")
+    for file in (path, cog):
+        half = read(file, resolution=20)
+        np.testing.assert_allclose(half.values[0], values[0].reshape(128, 2, 128, 2).mean((1, 3)), rtol=1e-6)
+
+
+def test_files_beyond_four_gigabytes(tmp_path):
+    path, side = tmp_path / "a.tif", 70_000  # sparse: blocks that were never written take no room
+    place = {"transform": Affine(10, 0, ORIGIN[0], 0, -10, ORIGIN[1]), "crs": "EPSG:32632", "sparse_ok": True}
+    profile = {"width": side, "height": side, "count": 1, "dtype": "uint8", "tiled": True, "bigtiff": "yes", "nodata": 0}
+    with rasterio.open(path, "w", driver="GTiff", **profile, **place) as dataset:
+        dataset.write(np.full((1, 16, 16), 9, np.uint8), window=((69_000, 69_016), (69_500, 69_516)))
+    assert path.stat().st_size < 2**20 * 20 and path.read_bytes()[:4] == b"II+\0"
+    with Scene(path) as scene:
+        assert (scene.height, scene.width) == (side, side)
+        bands = scene.read((68_999, 69_499, 4, 4))
+    np.testing.assert_array_equal(bands.values[0], [[0] * 4] + [[0, 9, 9, 9]] * 3)
+
+
+def test_a_description_of_bands_that_a_vrt_puts_together_counts_band_by_band(tmp_path):
+    values = numbers(1, 4, 4)
+    values[0, 0, 0], values[0, 1, 1] = 0, 7
+    write(tmp_path / "one.tif", values)
+    band = "<VRTRasterBand dataType='UInt16' band='{0}'><NoDataValue>{1}</NoDataValue><Description>{2}</Description><SimpleSource>"
+    band += "<SourceFilename relativeToVRT='1'>one.tif</SourceFilename><SourceBand>1</SourceBand></SimpleSource></VRTRasterBand>"
+    text = band.format(1, 0, "B02") + band.format(2, 7, "B03")
+    (tmp_path / "a.vrt").write_text(f"<VRTDataset rasterXSize='4' rasterYSize='4'>{text}</VRTDataset>")
+    bands = read(tmp_path / "a.vrt")
+    assert bands.channels == ("B02", "B03") and bands.nodata is None
+    assert np.argwhere(~bands.mask).tolist() == [[0, 0, 0], [1, 1, 1]]

@@ -290,6 +290,10 @@ def test_mistakes_are_named_before_anything_is_made(tmp_path, checkpoint, model,
     assert not any(tmp_path.glob("map.tif*")) or not any((tmp_path / "map.tif.partial").glob("strip*"))
     arguments = ["embed", str(checkpoint), str(scene), "--out", str(tmp_path / "map.tif"), "--allow", "level=a test"]
     assert cli.main(arguments) == 0
+    before = scene.read_bytes()
+    with pytest.raises(ValueError, match="scene.tif: is a file of the scene itself; choose another name"):
+        ok.embed(model, scene, scene)
+    assert scene.read_bytes() == before
     write_scene(tmp_path / "empty.tif", 20, 20)
     with pytest.raises(ValueError, match="no tile has a share of 0.5 of its pixels measured"):
         ok.embed(model, tmp_path / "empty.tif", tmp_path / "empty_map.tif")

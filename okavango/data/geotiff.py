@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 import warnings
@@ -330,15 +331,21 @@ class Scene:
             mine = [(index, position) for position, (_, other, index, _) in enumerate(picked) if other is dataset]
             if mine:
                 indexes, positions = zip(*mine, strict=True)
-                own = said["nodata"] if "nodata" in said else next((n for n in dataset.nodatavals if n is not None), nodata)
-                masked = "nodata" not in said and any("per_dataset" in _names(f) for f in dataset.mask_flag_enums)
-                self._of.append(_File(path, dataset, indexes, positions, own, masked))
-        nodata = next((file.nodata for file in self._of if file.nodata is not None), None)
+                values = [dataset.nodatavals[index - 1] for index in indexes]
+                alike = all(_same(value, values[0]) for value in values)  # a VRT may have one for each band
+                own = said["nodata"] if "nodata" in said else values[0] if alike and values[0] is not None else nodata
+                masked = "nodata" not in said and (not alike or _masked(dataset))
+                self._of.append(_File(path, dataset, indexes, positions, own if alike or "nodata" in said else None, masked))
+        if complex_ones := [dataset for _, dataset, index, _ in picked if "complex" in dataset.dtypes[index - 1]]:
+            raise GeoError(f"{complex_ones[0].name}: holds complex numbers; write their magnitude or power, and read that")
+        nodata = self._of[0].nodata
+        if not all(_same(file.nodata, nodata) for file in self._of):
+            nodata = None  # what marks a gap in one file is a measurement in another: the mask tells
         self.about = Bands(channels=tuple(name for *_, name in picked), nodata=_fitting(nodata, self.dtype), **facts)
 
     def _lay(self, resolution: float | None) -> None:
         """The grid, and whether every file lies on it."""
-        finest = min(self._of, key=lambda file: abs(file.dataset.transform.a)).dataset
+        finest = min(self._of, key=lambda file: _pixel(file.dataset)[1]).dataset
         self.transform, self.height, self.width = finest.transform, finest.height, finest.width
         if resolution:
             if finest.transform.b or finest.transform.d:
@@ -353,31 +360,37 @@ class Scene:
                 first = f"{self._of[0].path.name} has {_short(crs)}"
                 raise GeoError(f"{file.path}: {_short(other.crs)}, and {first}; the files of a scene share one")
             if not self._on_grid(file):
-                pixel = max(abs(other.transform.a), abs(self.transform.a))
+                pixel = max(_pixel(other)[1], _pixel(finest)[1])
                 gap = max(abs(a - b) for a, b in zip(other.bounds, finest.bounds, strict=True))
-                if other.transform.b or other.transform.d or gap > pixel or other.transform.is_identity:
+                turned = other.transform.b or other.transform.d or other.transform.e * finest.transform.e < 0
+                if turned or gap > pixel or other.transform.is_identity:
                     raise GeoError(
                         f"{file.path}: {other.width}x{other.height} pixels over {_box(other)}, and {Path(finest.name).name} has "
                         f"{finest.width}x{finest.height} over {_box(finest)}; the files of a scene cover the same place"
                     )
-        heights = (file.dataset.block_shapes[0][0] * file.dataset.transform.e / self.transform.e for file in self._of)
+        rows = math.hypot(self.transform.b, self.transform.e)
+        heights = (file.dataset.block_shapes[0][0] * _pixel(file.dataset)[0] / rows for file in self._of)
         self.block = max(1, round(max(heights)))
         placed = not self.transform.is_identity
         if not all(map(self._on_grid, self._of)):
             self.dtype = np.result_type(self.dtype, np.float32)
         self.about = replace(
             self.about,
-            resolution=abs(self.transform.a) if placed and crs is not None and crs.is_projected else self.about.resolution,
+            resolution=self._metres(crs) if placed and crs is not None and crs.is_projected else self.about.resolution,
             crs=crs.to_wkt() if crs else "",
             transform=tuple(self.transform)[:6] if placed else (),
         )
+
+    def _metres(self, crs: Any) -> float:
+        """Width of a pixel, also where the coordinate system counts in feet."""
+        return math.hypot(self.transform.a, self.transform.d) * crs.linear_units_factor[1]
 
     def _on_grid(self, file: _File) -> bool:
         """Whether its pixels are the grid's, within a hundredth of one."""
         shape, ours, theirs = (self.height, self.width), self.transform, file.dataset.transform
         corners = [tuple(moved(each, *at))[2:6:3] for at in ((0, 0), shape) for each in (ours, theirs)]
         gaps = (abs(a - b) for pair in zip(corners[::2], corners[1::2], strict=True) for a, b in zip(*pair, strict=True))
-        return shape == file.dataset.shape and max(gaps) <= 0.01 * abs(ours.a)
+        return shape == file.dataset.shape and max(gaps) <= 0.01 * math.hypot(ours.a, ours.d)
 
     def read(self, window: tuple[int, int, int, int] | None = None) -> Bands:
         """A part of the scene.
@@ -475,6 +488,7 @@ class Alike:
             self.about = replace(scene.about, crs="", transform=(), time="")
             self.indexes, self.count, self.dtype = list(file.indexes), file.dataset.count, scene.dtype
             self.plain = not file.masked and file.dataset.driver == "GTiff" and _same(file.nodata, self.about.nodata)
+            self.said = _says(file.dataset)
 
     def __call__(self, path: Path) -> Bands:
         """The bands of one file.
@@ -491,7 +505,8 @@ class Alike:
                 rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
                 rasterio.open(path, driver="GTiff", GEOREF_SOURCES="NONE") as dataset,
             ):
-                count, values = dataset.count, dataset.read(self.indexes if dataset.count == self.count else None)
+                count, said, masked = dataset.count, _says(dataset), _masked(dataset)
+                values = dataset.read(self.indexes if count == self.count else None)
         except rasterio.errors.RasterioError as error:
             raise GeoError(f"{path}: torn, or no raster ({_line(error)})") from None
         if count != self.count or values.dtype != self.dtype:
@@ -499,6 +514,13 @@ class Alike:
                 f"{path}: {count} bands of {values.dtype}, and the first file has {self.count} of {self.dtype}; the files of a "
                 "folder are read alike"
             )
+        if said != self.said:
+            what = next(name for name in said if said[name] != self.said[name])
+            raise GeoError(
+                f"{path}: {what} {said[what]}, and the first file has {self.said[what]}; the files of a folder are read alike"
+            )
+        if masked or path.with_name(f"{path.name}.msk").exists():
+            return replace(read(path, **self.given), crs="", transform=(), time="")
         return replace(self.about, values=values)
 
 
@@ -537,6 +559,27 @@ def _open(path: Path) -> Any:
         raise GeoError(f"{path}: torn, or no raster ({_line(error)})") from None
 
 
+def _pixel(dataset: Any) -> tuple[float, float]:
+    """Height and width of a pixel along its own sides, which may lie at an angle to the coordinate system."""
+    a, b, _, d, e, _ = tuple(dataset.transform)[:6]
+    return math.hypot(b, e), math.hypot(a, d)
+
+
+def _masked(dataset: Any) -> bool:
+    """Whether it has a mask of its own, inside or beside the file, or transparency."""
+    return any("per_dataset" in _names(flags) for flags in dataset.mask_flag_enums)
+
+
+def _says(dataset: Any) -> dict[str, Any]:
+    """What files that are read alike must agree in."""
+    return {
+        "nodata": str(dataset.nodata),
+        "names of bands": dataset.descriptions,
+        "scales": dataset.scales,
+        "offsets": dataset.offsets,
+    }
+
+
 def _bands_of(path: Path, name: str | None, dataset: Any, sensor: str) -> list[tuple[int, str]]:
     """Index and name of the bands of a file, without transparency. A band that nothing names is called by its number."""
     colours = [each.name for each in dataset.colorinterp]
@@ -553,6 +596,8 @@ def _bands_of(path: Path, name: str | None, dataset: Any, sensor: str) -> list[t
         return [(index, colours[index - 1]) for index in indexes]
     if len(indexes) == 1 and band_name(path.stem):
         return [(indexes[0], band_name(path.stem))]
+    if colours == ["palette"]:
+        return [(1, "palette")]  # numbers of colours or classes, no measurement
     return [(index, str(index)) for index in indexes]
 
 

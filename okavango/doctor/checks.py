@@ -5,6 +5,7 @@ A check looks at numbers only. Where there are labels, `okavango.doctor.trials` 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from okavango.doctor.seen import Seen, typical
+from okavango.doctor.orders import Reordered, find_order
+from okavango.doctor.seen import Seen, places, typical
 from okavango.models.band_statistics import STATISTICS
-from okavango.models.preprocess import Image, Normalise, PreprocessError, Raster
-from okavango.models.raster import SWITCHES, UNITS, as_expected, plan
+from okavango.models.preprocess import Image, Normalise, Raster
+from okavango.models.raster import UNITS
 from okavango.models.sensors import HARMONISED, baseline_offset, sensor_name
 
 Severity = Literal["ok", "look", "wrong"]
@@ -202,7 +204,8 @@ def names(seen: Seen) -> Iterator[Finding]:
         other = seen.under(**said, units=unit)
         if other.values is not None:
             mean, std = _moments(other)
-            order = better_order(mean, std, *seen.expected, 0.5, _usual_orders(spec, range(len(mean))))[0]
+            found = reordered(other)
+            order = list(found.order if found and found.sure else range(len(mean)))
             fits[unit] = misfit(mean[order], std[order], seen.expected), order
     unit = min(fits, key=lambda unit: fits[unit][0], default="")
     if not unit or fits[unit][0] >= 2.0:
@@ -370,14 +373,16 @@ def fit(seen: Seen) -> Iterator[Finding]:
 
 
 def channel_order(seen: Seen) -> Iterator[Finding]:
-    """Another order of the channels fits what the normalisation expects markedly better."""
-    spec = seen.spec
+    """The channels lie in another order than they are named in; of bands, see `okavango.doctor.orders`."""
+    yield from _order_of_colours(seen) if seen.described is None and isinstance(seen.spec, Image) else _order_of_bands(seen)
+
+
+def _order_of_colours(seen: Seen) -> Iterator[Finding]:
+    """Another order fits what the normalisation expects markedly better."""
+    spec, limit = seen.spec, 0.15
     if seen.values is None or seen.expected is None or len(spec.channels) < 2:
         return
-    limit = 0.15 if isinstance(spec, Image) else 0.5
-    taken = places(seen)
-    usual = _usual_orders(spec, taken) if isinstance(spec, Raster) else []
-    order, gain = better_order(*_moments(seen), *seen.expected, limit, usual)
+    order, gain = better_order(*_moments(seen), *seen.expected, limit)
     if gain < limit:
         return
     moved = [k for k, other in enumerate(order) if k != other]
@@ -387,17 +392,62 @@ def channel_order(seen: Seen) -> Iterator[Finding]:
         f"{', '.join(names)} the means and deviations fit what the contract expects markedly better. Check the order in the files."
     )
     evidence = {"gain": gain, "order": names}
-    if isinstance(spec, Image):
-        severity: Severity = "look" if seen.reference is None else "wrong"  # colours differ from collection to collection
-        yield Finding("channel order", severity, sentence, evidence, " ".join(names), {"channels": tuple(names)})
-    elif seen.described is not None:
-        called = list(seen.described.channels)
-        for place, other in enumerate(order):
-            here, there = taken[place], taken[other]
-            if here is not None and there is not None:
-                called[there] = seen.described.channels[here]
-        data = {"channels": tuple(called)}
-        yield Finding("channel order", "wrong", sentence, evidence, f"channels {' '.join(called)}", data=data)
+    severity: Severity = "look" if seen.reference is None else "wrong"  # colours differ from collection to collection
+    yield Finding("channel order", severity, sentence, evidence, " ".join(names), {"channels": tuple(names)})
+
+
+def _order_of_bands(seen: Seen) -> Iterator[Finding]:
+    channels, found = named(seen), reordered(seen)
+    if found is None:
+        return
+    moved = [k for k, other in enumerate(found.order) if k != other]
+    theirs = ", ".join(channels[found.order[k]] for k in moved)
+    how = f" ({found.habit})" if found.habit else ""
+    sentence = (
+        f"The bands {'lie' if found.sure else 'seem to lie'} in another order than they are named in{how}: what is called {theirs} "
+        f"looks like {', '.join(channels[k] for k in moved)}. That leaves {found.then:.1f} unexplained of their means, "
+        f"deviations and correlations, the order as named {found.now:.1f}. "
+    )
+    evidence: dict[str, Any] = {**found.evidence, "order": [channels[k] for k in found.order]}
+    severity: Severity = "wrong" if found.sure else "look"
+    if seen.described is None:
+        yield Finding("channel order", severity, sentence + "Check the order in the files.", evidence)
+        return
+    called = list(seen.described.channels)
+    taken = places(seen) if isinstance(seen.spec, Raster) else range(len(called))
+    for place, other in enumerate(found.order):
+        here, there = taken[place], taken[other]
+        if here is not None and there is not None:
+            called[there] = seen.described.channels[here]
+    sentence += f"{'Say' if found.sure else 'If so, say'} channels={json.dumps(called)}, the names in the order of the files."
+    change = f"channels {' '.join(called)}"
+    yield Finding("channel order", severity, sentence, evidence, change, data={"channels": tuple(called)})
+
+
+def named(seen: Seen) -> tuple[str, ...]:
+    """What the columns of `seen.pixels` are called: bands of a contract for rasters, those of the data for one for pictures."""
+    return seen.spec.channels if isinstance(seen.spec, Raster) else seen.kind
+
+
+def reordered(seen: Seen) -> Reordered | None:
+    """The order that explains the bands clearly better than the one that they are named in; bands that the data lack stay."""
+    spec, described, channels = seen.spec, seen.described, named(seen)
+    kept = [k for k in range(len(channels)) if np.isfinite(seen.pixels[:, k]).any()]
+    about = {"sensor": described.sensor, "level": described.level, "units": described.units} if described else {}
+    expected, files = None, []
+    if isinstance(spec, Raster):
+        about = {"sensor": spec.sensor or about.get("sensor", ""), "level": about.get("level") or spec.level, "units": spec.units}
+        if seen.expected is not None and spec.normalise.rule == "standard":
+            expected = seen.expected[0][kept], seen.expected[1][kept]
+        if len(kept) == len(channels):
+            files = _usual_orders(spec, places(seen))
+    found = find_order(seen.pixels[:, kept], [channels[k] for k in kept], expected=expected, files=files, **about)
+    if found is None:
+        return None
+    order = list(range(len(channels)))
+    for place, other in zip(kept, found.order, strict=True):
+        order[place] = kept[other]
+    return replace(found, order=tuple(order))
 
 
 def better_order(
@@ -406,19 +456,16 @@ def better_order(
     wanted_mean: np.ndarray,
     wanted_std: np.ndarray,
     limit: float,
-    usual: Sequence[Sequence[int]] = (),
 ) -> tuple[list[int], float]:
     """Which channel fits each place best, moving as few as possible.
 
     Of the best assignment of channels to places, cycles are kept that gain at least `limit` and leave no more than a third of their
     misfit: data of another kind fit nowhere, and that is no matter of the order. Then whatever can go back to its own place at a
-    cost below `limit` does, for neighbouring bands are almost equal. An order in which files are known to lie goes before one that
-    nobody uses, if it explains most of it.
+    cost below `limit` does, for neighbours may be almost equal.
 
     Args:
         mean, std: of the channels (C,); wanted_mean, wanted_std: of the places (C,).
         limit: smallest gain that counts, in squared deviations.
-        usual: orders in which files are known to lie.
     Returns:
         order (order[place] is the channel that fits it), and the gain.
     """
@@ -443,17 +490,11 @@ def better_order(
         if home != place and back < limit:
             order[place], order[home] = place, order[place]
 
-    def gain(order: Sequence[int]) -> float:
-        return float(sum(cost[place, place] - cost[channel, place] for place, channel in enumerate(order)))
-
-    known = max(usual, key=gain, default=order)
-    if gain(order) >= limit and gain(known) >= 0.8 * gain(order):
-        order = list(known)
-    return order, gain(order)
+    return order, float(sum(cost[place, place] - cost[channel, place] for place, channel in enumerate(order)))
 
 
 def _usual_orders(spec: Raster, taken: Sequence[int | None]) -> list[list[int]]:
-    """Orders in which the files of published data sets lie, as `better_order` gives them.
+    """Orders in which the files of published data sets lie, as `find_order` takes them.
 
     Args:
         taken: for each place of the network, the number of the data's channel that is taken for it.
@@ -539,7 +580,7 @@ def size(seen: Seen) -> Iterator[Finding]:
 CHECKS: tuple[Check, ...] = (refused, unreadable, mixed, not_finite, constant, empty, saturated, resolution, size)
 
 #: What may be behind values that do not fit, the simplest first; where one is found, the next ones would only follow from it.
-CAUSES: tuple[Check, ...] = (names, nodata, already_normalised, units, scale, offset, level, channel_order, inverted, fit)
+CAUSES: tuple[Check, ...] = (names, nodata, already_normalised, units, scale, offset, channel_order, level, inverted, fit)
 
 
 # -- numbers that several checks need ---------------------------------------------------------------------------------------
@@ -564,21 +605,6 @@ def _misfit(seen: Seen, factor: float = 1.0) -> float:
 def _moments(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
     assert seen.values is not None
     return np.asarray(seen.values.mean), np.asarray(seen.values.std)
-
-
-def places(seen: Seen) -> list[int | None]:
-    """For each place of the network, the number of the stored channel that stands there; None where none does."""
-    count, have = len(seen.spec.channels), len(seen.kind)
-    if isinstance(seen.spec, Raster):
-        try:
-            made = plan(seen.spec, seen.described or as_expected(seen.spec), allow=dict.fromkeys(SWITCHES, ""))
-        except PreprocessError:
-            return [None] * count
-        return list(dict(next(step for step in made.steps if step.op == "select").arguments)["indices"])
-    if have in (1, 2):
-        return [0] * count
-    names = [channel if channel in seen.kind else None for channel in seen.spec.channels]
-    return [seen.kind.index(name) if name else k if k < have else None for k, name in enumerate(names)]
 
 
 def _percent(share: float) -> str:

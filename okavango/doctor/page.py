@@ -15,8 +15,7 @@ from PIL import Image as Pillow
 
 from okavango.data.statistics import Statistics, Streaming, stored
 from okavango.doctor.check import Report, measured
-from okavango.doctor.checks import places
-from okavango.doctor.seen import said_otherwise
+from okavango.doctor.seen import Seen, places, said_otherwise
 from okavango.doctor.trials import NEIGHBOURS
 from okavango.files import page_template, write_whole
 from okavango.models.preprocess import Preprocess, PreprocessError, Raster
@@ -221,11 +220,11 @@ def _rows(report: Report, name: str, other: Preprocess, described: dict[str, Any
     """Pictures of some samples: as stored, as the network gets them, and as it would get them otherwise."""
     seen = report.seen
     before, after, otherwise = [], [], []
-    chosen = _rgb(seen.spec.channels, seen.spec)
+    chosen = _rgb(seen.spec.channels, getattr(seen.spec, "sensor", ""))
     for number in np.unique(np.linspace(0, len(seen.indices) - 1, SHOWN).round().astype(int)):
         image = said_otherwise(seen.source[seen.indices[number]]["image"], seen.data)
         names, values, _ = stored(image)
-        before.append(_png(_stretched(values[_rgb(names, seen.spec)], seen.stored, names, seen)))
+        before.append(_png(_stretched(values[_rgb(names, _sensor(seen))], seen.stored, names, seen)))
         after.append(_network(seen.preprocess, seen.modality, image, chosen))
         otherwise.append(_network(other, seen.modality, said_otherwise(image, described), chosen))
     return [("as stored", before), ("what the network gets", after), *([(name, otherwise)] if name else [])]
@@ -247,24 +246,29 @@ def _network(preprocess: Preprocess, modality: str, image: Any, chosen: list[int
     return _png(values)
 
 
-def _stretched(values: np.ndarray, known: Statistics, names: tuple[str, ...], seen: Any) -> np.ndarray:
+def _stretched(values: np.ndarray, known: Statistics, names: tuple[str, ...], seen: Seen) -> np.ndarray:
     """Stored values as 0..1: 8-bit ones as they are, others between the 2nd and 98th percentile of all samples."""
     if values.dtype == np.uint8:
         return values / 255
     if names != seen.kind:
         low, high = np.nanpercentile(values, (2, 98), axis=(1, 2))
     else:
-        rows = _rgb(names, seen.spec)
+        rows = _rgb(names, _sensor(seen))
         low, high = known.percentile(2.0)[rows], known.percentile(98.0)[rows]
     return (values - low[:, None, None]) / np.maximum(high - low, 1e-12)[:, None, None]
 
 
-def _rgb(names: Sequence[str], spec: Any) -> list[int]:
+def _sensor(seen: Seen) -> str:
+    """What the stored channels are named by: the sensor of the data, or else that of the contract."""
+    return (seen.described.sensor if seen.described else "") or getattr(seen.spec, "sensor", "")
+
+
+def _rgb(names: Sequence[str], sensor: str) -> list[int]:
     """Which channels are shown as red, green and blue: those of these names, or else the first three, or the only one."""
     from okavango.models.sensors import find_band
 
     def common(name: str) -> tuple[str, ...]:
-        band = find_band(getattr(spec, "sensor", ""), name)
+        band = find_band(sensor, name)
         return band.common if band else (name.lower(),)
 
     found = [next((k for k, name in enumerate(names) if colour in common(name)), None) for colour in ("red", "green", "blue")]

@@ -19,6 +19,8 @@ from okavango.models.preprocess import Image, Normalise, Preprocess, PreprocessE
 from okavango.models.raster import SWITCHES, Bands, as_expected, plan
 from okavango.models.sensors import sensor_name
 
+PIXELS = 256  # of each sample that are looked at one by one
+
 
 @dataclass(eq=False)
 class Seen:
@@ -33,6 +35,7 @@ class Seen:
         sizes: (height, width) -> number of samples; dtypes: name -> number.
         descriptions: of rasters, what they say of themselves -> number of samples.
         refused: message of the contract -> number of samples that it refuses.
+        some: names of stored channels -> of each raster some pixels, float32 (N, C), see `pixels`.
         reference: statistics of stored values that the data should have, such as those of the training set, or None.
     """
 
@@ -52,6 +55,7 @@ class Seen:
     raw: dict[tuple[str, ...], Streaming] = field(default_factory=dict)
     before: Streaming | None = None
     after: Streaming | None = None
+    some: dict[tuple[str, ...], list[np.ndarray]] = field(default_factory=dict)
 
     @property
     def spec(self) -> Image | Raster:
@@ -89,6 +93,15 @@ class Seen:
     def inputs(self) -> Statistics | None:
         """What the network gets, None where the contract refuses all samples."""
         return None if self.after is None else self.after.finish(units="network input")
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """Some pixels of rasters, float32 (N, C), nan where nothing was measured.
+
+        Of the most frequent kind; in the units of a contract for rasters and in the order of its network, or as stored under one
+        for pictures.
+        """
+        return np.concatenate(self.some.get(self.kind, [np.empty((0, len(self.spec.channels)), np.float32)]))
 
     @cached_property
     def expected(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -189,7 +202,13 @@ def look(
         if names not in seen.raw:
             seen.raw[names] = Streaming(names, split)
         seen.raw[names].update(values, mask)
-        seen.before = _updated(seen.before, seen.spec.channels, _values(plain, seen.spec, modality, image))
+        in_units = _values(plain, seen.spec, modality, image)
+        seen.before = _updated(seen.before, seen.spec.channels, in_units)
+        if in_units is not None and isinstance(image, Bands):
+            measured = values if mask is None else np.where(mask, values, np.nan)
+            cells = in_units.flatten(1).numpy() if isinstance(seen.spec, Raster) else measured.reshape(len(values), -1)
+            few = np.linspace(0, cells.shape[1] - 1, min(PIXELS, cells.shape[1])).astype(int)
+            seen.some.setdefault(names, []).append(cells[:, few].T.astype(np.float32))
         try:
             seen.after = _updated(seen.after, seen.spec.channels, preprocess(**{modality: image})[modality][0])
         except PreprocessError as error:
@@ -221,6 +240,22 @@ def _values(plain: Preprocess, spec: Image | Raster, modality: str, image: Any) 
         return plain(**{modality: image})[modality][0].double() * spec.scale + spec.offset
     except PreprocessError:
         return None
+
+
+def places(seen: Seen) -> list[int | None]:
+    """For each place of the network, the number of the stored channel that stands there; None where none does."""
+    spec, have = seen.spec, len(seen.kind)
+    if isinstance(spec, Raster) or seen.described is not None:
+        bands = spec if isinstance(spec, Raster) else Raster(channels=spec.channels, units="u8")
+        try:
+            made = plan(bands, seen.described or as_expected(bands), allow=dict.fromkeys(SWITCHES, ""))
+        except PreprocessError:
+            return [None] * len(spec.channels)
+        return list(dict(next(step for step in made.steps if step.op == "select").arguments)["indices"])
+    if have in (1, 2):
+        return [0] * len(spec.channels)
+    names = [channel if channel in seen.kind else None for channel in spec.channels]
+    return [seen.kind.index(name) if name else k if k < have else None for k, name in enumerate(names)]
 
 
 def _updated(streaming: Streaming | None, channels: tuple[str, ...], values: torch.Tensor | None) -> Streaming | None:
@@ -267,7 +302,12 @@ def _raster_steps(seen: Seen) -> list[str]:
 
 def _image_steps(seen: Seen) -> list[str]:
     spec, have, want = seen.spec, seen.kind, seen.spec.channels
-    if len(have) == 1 and len(want) == 3:
+    if seen.described is not None:
+        taken = [None if k is None else have[k] for k in places(seen)]
+        channels = (
+            f"{', '.join(want)} are {', '.join(map(str, taken))}" if None not in taken else f"{', '.join(want)}, not all there"
+        )
+    elif len(have) == 1 and len(want) == 3:
         channels = f"grey is repeated as {', '.join(want)}"
     elif len(have) in (2, 4) and len(want) in (1, 3):
         channels = f"alpha is dropped, {', '.join(want)} stay"

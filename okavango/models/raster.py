@@ -52,7 +52,8 @@ class Bands:
     """Pixels with what they say of themselves.
 
     Attributes:
-        values: stored values of any dtype, (C, H, W) or (B, C, H, W), numpy or torch; None for a description alone.
+        values: stored values of any dtype, (C, H, W) or (B, C, H, W), numpy or torch; of a masked array, what it hides becomes the
+            mask. None for a description alone.
         channels: band names in the order of the array, any alias that the sensor knows.
         sensor: e.g. "sentinel-2", see `okavango.models.sensors`; level: processing level such as "L1C"; "" unknown.
         units: "dn" (the sensor's stored numbers), "reflectance" (0..1), "db" or "linear" (radar), "u8" (0..255), "kelvin"; ""
@@ -99,6 +100,11 @@ class Bands:
                 raise PreprocessError(f"{name} has {len(numbers)} numbers for {count} channels: {', '.join(self.channels)}")
         if self.values is None:
             return
+        if isinstance(self.values, np.ma.MaskedArray):  # as rasterio reads them with masked=True
+            if self.mask is not None:
+                raise PreprocessError("a masked array, and a mask besides; expected one of them")
+            object.__setattr__(self, "mask", ~np.ma.getmaskarray(self.values))
+            object.__setattr__(self, "values", np.ma.getdata(self.values))
         shape = tuple(self.values.shape)
         if len(shape) not in (3, 4) or 0 in shape:
             raise PreprocessError(f"bands of shape {shape}: expected (C, H, W), or (B, C, H, W) for a batch")

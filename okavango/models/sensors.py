@@ -357,6 +357,11 @@ _ESUN = {
 }
 
 
+def solar_irradiance(sensor: str, band: str) -> float:
+    """Above the atmosphere in W m-2 um-1, of a band of Landsat 5 or 7; nan for others."""
+    return _ESUN.get(sensor_name(sensor), {}).get(band, math.nan)
+
+
 def landsat_scaling(mtl: Mapping[str, object], sensor: str, band: str) -> tuple[float, float]:
     """Scale and offset from a level-1 number to reflectance above the atmosphere, from the scene's MTL.
 
