@@ -247,13 +247,15 @@ def test_many_metrics_begin_with_one_and_empty_plots_stay_away(browser, tmp_path
     records = [
         Record(model=name, dataset="none", protocol="step/v1", metric=metric, value=value * factor, n=1, baseline=name)
         for metric, factor in (("pictures per second", 1.0), ("seconds", 10.0), ("MiB", 100.0))
-        for name, value in (("ours", 3.0), ("theirs", 2.0))
+        for name, value in (("ours", 3.0), ("theirs", 2.0), ("a third", 1.0), ("a fourth", 1.5), ("a fifth", 1.2))
     ]
+    browser.get(render(records[:12], tmp_path / "few.html").as_uri())
+    assert len(column(browser, 1)) == 12
     browser.get(render(records, tmp_path / "speeds.html").as_uri())
-    assert column(browser, 7) == ["step/v1 MiB"] * 2
+    assert column(browser, 7) == ["step/v1 MiB"] * 5
     assert not browser.find_element("css selector", ".plots").size["height"]  # nothing has parameters or a latency
     Select(browser.find_element("id", "filter-metric")).select_by_visible_text("All")
-    assert len(column(browser, 1)) == 6
+    assert len(column(browser, 1)) == 15
 
 
 def test_clicking_a_header_sorts(page):
