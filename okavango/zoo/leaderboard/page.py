@@ -41,8 +41,8 @@ def render(
     there. The file is replaced whole or not at all, and the same records give the same bytes.
 
     Args:
-        records: in any order; the page begins with the highest value, and where no metric has half of more than 12 with its
-            metric.
+        records: in any order; the page begins with the highest value, and where no metric has half of more than 12 of them
+            with the one that has most.
         out_html: the file to write; its folder is made.
         title: of the page.
         pictures: caption -> PNG bytes, shown below the table.
