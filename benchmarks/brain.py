@@ -48,7 +48,7 @@ MEAN = "mean of all subsets"
 LESS = ("pretrained less scratch", "one for all less specialist")
 # A sequence that every session has, the best one for oedema, and the two that together show all regions.
 SPECIALISTS: tuple[Subset, ...] = (("t1",), ("flair",), ("t1ce", "flair"))
-SIZE, SPACING = (40, 48, 40), 4.0  # voxels and millimetres; holds a brain
+SIZE, SPACING = (32, 40, 32), 5.0  # voxels and millimetres; holds a brain
 VALIDATION = 12  # studies of the training anatomies that nothing is trained on
 COMMON: dict[str, Any] = {"workers": 0, "trackers": (), "save_every": 100}
 PRETRAINING: dict[str, Any] = {"batch": 8, "optim.lr": 1e-3}
