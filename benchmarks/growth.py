@@ -10,7 +10,6 @@ those of `pretrain_step.py`, on an elastic ViT whose subnets go down to half its
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import subprocess
@@ -25,8 +24,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from pretrain_step import Case, MultiplyAdds, Step, stand_ins
-from timing import interleave, load, peak_memory, publish, speed_record
+from timing import interleave, load, peak_memory, png, publish, speed_record
 
 from okavango.recipes.pretraining import poa_vit_small
 from okavango.zoo.leaderboard.records import Record
@@ -93,16 +93,10 @@ def in_its_own_process(point: Point, repeats: int, threads: int) -> dict[str, An
 
 def picture(records: Sequence[Record]) -> bytes:
     """PNG: a column for each thing that varies, speed above, memory below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     axes = list(dict.fromkeys(record.baseline for record in records))
     metrics = list(dict.fromkeys(record.metric for record in records))
-    figure, panels = pyplot.subplots(
-        len(metrics), len(axes), figsize=(3 * len(axes), 2.6 * len(metrics)), squeeze=False, sharey="row", layout="constrained"
-    )
+    figure = Figure(figsize=(3 * len(axes), 2.6 * len(metrics)), layout="constrained")
+    panels = figure.subplots(len(metrics), len(axes), squeeze=False, sharey="row")
     for row, metric in zip(panels, metrics, strict=True):
         for panel, axis in zip(row, axes, strict=True):
             points = [(r.settings["point"][axis], r.value) for r in records if (r.metric, r.baseline) == (metric, axis)]
@@ -112,10 +106,7 @@ def picture(records: Sequence[Record]) -> bytes:
             panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
         row[0].set_ylabel(metric)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    pyplot.close(figure)
-    return out.getvalue()
+    return png(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Record]:

@@ -12,7 +12,6 @@ backbone finds. A run that was stopped goes on.
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -21,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from timing import load, publish
+from matplotlib.figure import Figure
+from timing import load, png, publish
 
 from okavango import retrieval_verbs, verbs
 from okavango.downstream.retrieval.evaluate import load_ranking
@@ -94,23 +94,16 @@ def gained(better: Sequence[Path], worse: Sequence[Path], label: str, like: Reco
 
 def picture(records: Sequence[Record]) -> bytes:
     """PNG: R@1 of every row with its interval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = [record for record in records if record.metric == "R@1"][::-1]
     values = np.array([record.value for record in rows])
     ends = np.array([record.interval for record in rows]).T
-    figure, axis = pyplot.subplots(figsize=(7, 0.5 * len(rows) + 1), layout="constrained")
+    figure = Figure(figsize=(7, 0.5 * len(rows) + 1), layout="constrained")
+    axis = figure.subplots()
     axis.barh([record.name for record in rows], 100 * values, xerr=100 * np.abs(ends - values), capsize=3, color="#2da199")
     axis.axvline(100 * 168 / 192, color="#252b60", linestyle="--", linewidth=1)
     axis.set_xlabel("R@1, %, with 95 % bootstrap intervals over queries; dashed: all queries that have a place")
     axis.grid(axis="x", alpha=0.3)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    pyplot.close(figure)
-    return out.getvalue()
+    return png(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Record]:

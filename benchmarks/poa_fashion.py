@@ -101,17 +101,25 @@ def measure(run: Path, out: Path) -> None:
 
 
 def results(records: list[Record]) -> dict[str, str]:
-    """For each test set and protocol, the accuracies of all sizes, and who wins."""
+    """For each test set and protocol, the accuracies of all sizes, and who wins; whose interval overlaps with that is named."""
     said = {}
     for dataset, protocol in dict.fromkeys((record.dataset, record.protocol) for record in records):
-        values: dict[str, list[float]] = {}
+        found: dict[str, list[Record]] = {}
         for record in records:
             if (record.dataset, record.protocol) == (dataset, protocol):
-                values.setdefault(record.baseline, []).append(record.value)
+                found.setdefault(record.baseline, []).append(record)
+        values = {name: [record.value for record in some] for name, some in found.items()}
         ranges = {name: f"{min(v):.3f}" + (f"..{max(v):.3f}" if len(v) > 1 else "") for name, v in values.items()}
-        best = max(values, key=lambda name: max(values[name]))
-        said[f"{dataset}, {protocol}"] = ", ".join(f"{name} {text}" for name, text in ranges.items()) + f": {best} best"
+        best, *others = sorted((max(some, key=lambda r: r.value) for some in found.values()), key=lambda r: -r.value)
+        near = [other.baseline for other in others if bounds(other)[1] >= bounds(best)[0]]
+        wins = f"{best.baseline} best" + (f", not surely over {', '.join(near)}" if near else "")
+        said[f"{dataset}, {protocol}"] = ", ".join(f"{name} {text}" for name, text in ranges.items()) + f": {wins}"
     return said
+
+
+def bounds(record: Record) -> tuple[float, float]:
+    """The interval, or the value alone."""
+    return record.interval or (record.value, record.value)
 
 
 START, END = "<!-- benchmarks/poa_fashion.py writes from here -->", "<!-- to here -->"

@@ -15,7 +15,6 @@ is that of a process that does nothing else.
 from __future__ import annotations
 
 import argparse
-import io
 import shutil
 import tempfile
 import time
@@ -30,8 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from retrieval_million import descriptors, queries
-from timing import fresh, interleave, load, peak_memory, publish, speed_record
+from timing import fresh, interleave, load, peak_memory, png, publish, speed_record
 from torch import Tensor
 
 from okavango.data.sources import Arrays
@@ -157,22 +157,15 @@ def _rerank_from_disk(count: int, grid: int, channels: int, threads: int, repeat
 
 def picture(points: Sequence[tuple[int, float, float]]) -> bytes:
     """PNG: time and memory against the number of candidates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    panels = figure.subplots(1, 2)
     for panel, column, label in zip(panels, (1, 2), ("milliseconds per query", "peak memory, MiB"), strict=True):
         panel.plot([point[0] for point in points], [point[column] for point in points], marker="o")
         panel.set_xlabel("candidates")
         panel.set_ylabel(label)
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    pyplot.close(figure)
-    return out.getvalue()
+    return png(figure)
 
 
 # -- describing ---------------------------------------------------------------------------------------------------------------

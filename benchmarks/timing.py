@@ -109,6 +109,13 @@ def publish(records: Iterable[Record], out: Path | None, title: str, pictures: M
         print(f"records are in {out}, their page is {render(records, out.with_suffix('.html'), title, pictures)}")
 
 
+def png(figure: Figure) -> bytes:
+    """A figure as a picture for a page."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
+
+
 def bars(records: list[Record]) -> bytes:
     """PNG: one panel for each dataset, protocol and metric, one bar for each record of it."""
     groups: dict[tuple[str, str, str], list[Record]] = {}
@@ -128,9 +135,7 @@ def bars(records: list[Record]) -> bytes:
         axis.tick_params(axis="x", labelsize=8)
         axis.set_title(f"{metric}\n{dataset}, {protocol}", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+    return png(figure)
 
 
 def fresh(function: Callable[..., Any], *arguments: Any) -> Any:

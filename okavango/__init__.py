@@ -29,9 +29,9 @@ _HOME = {
     "save": "zoo.checkpoint:save_checkpoint",
     "pretrain": "verbs",
     "finetune": "verbs",
-    "evaluate": "verbs",
-    "embed": "verbs",
-    "predict": "verbs",
+    "evaluate": "dispatch",
+    "embed": "dispatch",
+    "predict": "dispatch",
     "preprocess_check": "doctor.check",
     "preprocess_statistics": "doctor.check",
 }
@@ -69,6 +69,9 @@ sys.modules[__name__].__class__ = _Package
 if TYPE_CHECKING:
     from okavango import explain as explain
     from okavango import testing as testing
+    from okavango.dispatch import embed as embed
+    from okavango.dispatch import evaluate as evaluate
+    from okavango.dispatch import predict as predict
     from okavango.doctor.check import preprocess_check as preprocess_check
     from okavango.doctor.check import preprocess_statistics as preprocess_statistics
     from okavango.models.backbone import Backbone as Backbone
@@ -82,10 +85,7 @@ if TYPE_CHECKING:
     from okavango.models.preprocess import Raster as Raster
     from okavango.models.preprocess import Text as Text
     from okavango.models.preprocess import Volume as Volume
-    from okavango.verbs import embed as embed
-    from okavango.verbs import evaluate as evaluate
     from okavango.verbs import finetune as finetune
-    from okavango.verbs import predict as predict
     from okavango.verbs import pretrain as pretrain
     from okavango.zoo.catalogue import list_models as list_models
     from okavango.zoo.checkpoint import save_checkpoint as save

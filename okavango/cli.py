@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,7 +79,7 @@ def evaluate(
     subnets: tuple[str, ...] = (),
     out: Path | None = None,
     seed: int = 0,
-    batch: int = 256,
+    batch: int | None = None,
     workers: int = 0,
     retrieval: Annotated[Retrieval, tyro.conf.arg(name="")] = Retrieval(),  # noqa: B008
     studies: Annotated[Studies, tyro.conf.arg(name="")] = Studies(),  # noqa: B008
@@ -96,41 +98,19 @@ def evaluate(
         subnets: w64_d2 ..., or all, of an elastic backbone.
         out: file of records (JSON lines) to append to.
         seed: of held-out parts and intervals.
-        batch: pictures per forward pass; of volumes, one window.
+        batch: samples per forward pass; when left out, 256 pictures, 32 of places, or one window of a scan.
         workers: processes that read pictures.
         retrieval: for retrieval protocols only, but for the report.
         studies: for protocols of studies only.
     """
     at_least(1, batch=batch, top=retrieval.top)
     at_least(0, workers=workers, pca=retrieval.pca, whiten=retrieval.whiten)
-    if any(name.partition("/")[0] in ("segmentation", "studies") for name in protocol):
-        if len(protocol) > 1 or data is None or subnets or retrieval != Retrieval(report=retrieval.report):
-            raise Usage("evaluate: a protocol of studies is measured alone, with --data, without subnets and options of retrieval")
-        from okavango import volume_verbs
+    from okavango import dispatch
 
-        passes = {"report": retrieval.report, "out": out, "seed": seed, "say": say, **vars(studies)}
-        volume_verbs.evaluate(checkpoint, data=data, protocol=protocol[0], train=train, **passes)
-        return
-    if studies != Studies():
-        raise Usage("evaluate: options of studies go with --protocol segmentation/brats and its kin")
-    if any(name.partition("/")[0] == "retrieval" for name in protocol):
-        if len(protocol) > 1 or train is not None:
-            raise Usage("evaluate: a retrieval protocol is measured alone, and without --train")
-        from okavango import retrieval_verbs
-
-        options = {"batch": batch, "workers": workers, **vars(retrieval)}
-        retrieval_verbs.evaluate(
-            checkpoint, data=data, protocol=protocol[0], subnets=subnets, out=out, seed=seed, say=say, **options
-        )
-        return
-    if retrieval != Retrieval():
-        raise Usage("evaluate: options of retrieval go with --protocol retrieval/utm25 and its kin")
-    if data is None:
-        raise Usage("evaluate: --data is needed")
-    from okavango import verbs
-
-    passes = {"batch": batch, "workers": workers}
-    verbs.evaluate(checkpoint, data=data, train=train, protocol=protocol, subnets=subnets, out=out, seed=seed, say=say, **passes)
+    shared: dict[str, Any] = {"train": train, "subnets": subnets, "out": out, "seed": seed, "batch": batch, "workers": workers}
+    options = {**changed(retrieval), **changed(studies)}
+    with usage("evaluate"):
+        dispatch.evaluate(checkpoint, data=data, protocol=protocol, say=say, **shared, **options)
 
 
 @dataclass(frozen=True)
@@ -163,31 +143,35 @@ def embed(
     data: Positional[str],
     out: Path,
     subnet: str = "",
-    batch: int = 64,
+    batch: int | None = None,
     workers: int = 0,
     scene: Annotated[Tiling, tyro.conf.arg(name="")] = Tiling(),  # noqa: B008
     components: int = 0,
     half: bool = False,
+    modalities: str = "",
 ) -> None:
-    """Write one embedding per picture to a Parquet file, or one per tile of a scene to a GeoTIFF.
+    """Write one embedding per picture or study to a Parquet file, or one per tile of a scene to a GeoTIFF.
 
     Args:
         checkpoint: see `evaluate`.
-        data: folder of pictures, tar shards, samples/fashion; or a scene, a GeoTIFF or a folder of its bands.
+        data: folder of pictures, tar shards, samples/fashion; a folder or table of NIfTI studies; or a scene, a GeoTIFF or a folder
+            of its bands.
         out: file that ends in .parquet, or in .tif for a scene. A map that was interrupted goes on by the same command.
         subnet: w64_d2 ... of an elastic backbone.
-        batch: pictures per forward pass.
-        workers: processes that read pictures.
+        batch: samples per forward pass; when left out, 64 pictures or tiles, or one study.
+        workers: processes that read pictures or studies.
         scene: for maps only.
         components: of maps, keep so many principal components; 0 keeps all numbers.
         half: of maps, store 16 bits a number.
+        modalities: of studies, sequences that may be used, such as t1,flair; all that there are when not given.
     """
     at_least(1, batch=batch)
     at_least(0, workers=workers, components=components)
-    from okavango import verbs
+    from okavango import dispatch
 
-    passes: dict[str, Any] = {"batch": batch, "workers": workers, "components": components, "half": half}
-    verbs.embed(checkpoint, data, out, subnet=subnet, say=say, **passes, **_whole(scene))
+    options: dict[str, Any] = {"components": components, "half": half, "modalities": modalities, **_whole(scene)}
+    with usage("embed"):
+        dispatch.embed(checkpoint, data, out, subnet=subnet, batch=batch, workers=workers, say=say, **options)
 
 
 @dataclass(frozen=True)
@@ -209,7 +193,7 @@ def predict(
     data: Positional[str],
     out: Path | None = None,
     top: int = 1,
-    batch: int = 64,
+    batch: int | None = None,
     scene: Annotated[Tiling, tyro.conf.arg(name="")] = Tiling(),  # noqa: B008
     scans: Annotated[Scans, tyro.conf.arg(name="")] = Scans(),  # noqa: B008
 ) -> None:
@@ -221,24 +205,23 @@ def predict(
         data: folder of pictures; a scene, which is a GeoTIFF or a folder of its bands; a folder of NIfTI studies.
         out: of a scene, the map to write, a file that ends in .tif; of studies, the folder of segmentations or synthesised volumes.
         top: classes per picture.
-        batch: pictures per forward pass; of volumes, one window.
+        batch: samples per forward pass; when left out, 64 pictures or tiles, or one window of a scan.
         scene: for maps only.
         scans: for studies only.
     """
     at_least(1, top=top, batch=batch)
-    from okavango import verbs, volume_verbs
-
-    options = {key: value for key, value in vars(scans).items() if key != "synthesize"}
     if scans.synthesize:
         if out is None:
             raise Usage("predict: --synthesize writes volumes, give --out FOLDER")
+        from okavango import volume_verbs
+
         volume_verbs.synthesize(checkpoint, data, scans.synthesize, out, say=say)
-    elif volume_verbs.holds_head(checkpoint):
-        volume_verbs.predict(checkpoint, data, out, **options, say=say)
-    elif scans != Scans():
-        raise Usage(f"predict: {checkpoint} holds no head for studies; options of studies go with one")
-    else:
-        verbs.predict(checkpoint, data, out=out, top=top, batch=batch, say=say, **_whole(scene))
+        return
+    from okavango import dispatch
+
+    options = {**changed(scans), **_whole(scene), **({"top": top} if top > 1 else {})}
+    with usage("predict"):
+        dispatch.predict(checkpoint, data, out, batch=batch, say=say, **options)
 
 
 def explain(
@@ -502,16 +485,16 @@ def zoo_export(
 def zoo_convert(
     weights: Positional[Path],
     out: Path,
-    family: Literal["poa", "selavpr", "bm_mae", "torchvision"] = "poa",
+    family: Literal["poa", "selavpr", "bm_mae", "torchvision", "monai_bundle"] = "poa",
     architecture: str = "",
     image_size: int = 224,
     patch_size: int = 16,
     head_dim: int = 64,
 ) -> None:
-    """Turn a published checkpoint (a teacher of POA, a SelaVPR, a BM-MAE, one of torchvision) into a zoo checkpoint.
+    """Turn a published checkpoint (of POA, SelaVPR, BM-MAE, torchvision, a MONAI bundle) into a zoo checkpoint.
 
     Args:
-        weights: .safetensors or .pth file; a pickle is read with weights_only.
+        weights: .safetensors or .pth file; a pickle is read with weights_only. Of a bundle, its folder.
         out: folder to write.
         family: the published code that wrote it.
         architecture: torchvision's name of the network, such as mobilenet_v2.
@@ -545,6 +528,13 @@ def zoo_convert(
             whole = {"kind": kind, "head": network.head_config(), "backbone_prefix": network.backbone_prefix}
         save_checkpoint(network, out, card={"licence": bm_mae.LICENCE, "converted from": weights.name}, **whole)
         say(f"{report}\nthe model is in {out}; its licence is CC BY-NC 4.0, not for commercial use")
+        return
+    if family == "monai_bundle":
+        from okavango.zoo import monai_bundle
+
+        bundled, filled = monai_bundle.read_bundle(weights)
+        save_checkpoint(bundled, out, card={"converted from": weights.name})
+        say(f"{filled}\nthe model is in {out}; the bundle's LICENSE says what its weights may be used for")
         return
     if family == "torchvision":
         from okavango.zoo import torchvision
@@ -716,6 +706,38 @@ def leaderboard_compare(first: Positional[Path], second: Positional[Path], count
     retrieval_verbs.compare(first, second, count=count, seed=seed, say=say)
 
 
+def cache_list(kind: str = "") -> None:
+    """List what is kept on disk to be faster the next time: size, last use, kind, place.
+
+    Args:
+        kind: web, hf, features, studies or descriptors; all when left out.
+    """
+    from okavango import caches
+
+    items = caches.find(kind)
+    folders: dict[tuple[str, Path], list[caches.Item]] = {}
+    for item in items:
+        folders.setdefault((item.kind, item.folder), []).append(item)
+    for (name, folder), some in folders.items():
+        day = time.strftime("%Y-%m-%d", time.localtime(max(item.used for item in some)))
+        say(f"{sum(item.bytes for item in some) / 1e6:12,.1f} MB  {day}  {name:11}  {folder}")
+    say(f"{sum(item.bytes for item in items) / 1e6:12,.1f} MB in all; what is fetched lies in {caches.home()}")
+
+
+def cache_clean(kind: str = "", older: float = 0.0, max_gb: float | None = None) -> None:
+    """Remove what `cache list` shows; without options all of it. What a run is using stays.
+
+    Args:
+        kind: web, hf, features, studies or descriptors; all when left out.
+        older: only what was not used for so many days.
+        max_gb: the least recently used, until so many gigabytes are left.
+    """
+    from okavango import caches
+
+    removed, left = caches.clean(kind, older=older, max_gb=max_gb, say=say)
+    say(f"{removed / 1e6:,.1f} MB are removed, {left / 1e6:,.1f} MB are left")
+
+
 COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "quickstart": quickstart,
     "evaluate": evaluate,
@@ -740,6 +762,7 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
         "render": leaderboard_render,
         "compare": leaderboard_compare,
     },
+    "cache": {"list": cache_list, "clean": cache_clean},
 }
 RUNS = {
     "pretrain": "Pretrain a backbone on a folder of pictures, or go on with a run.",
@@ -752,15 +775,31 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def at_least(least: int, **values: int) -> None:
-    """Refuse smaller values of options.
+def at_least(least: int, **values: int | None) -> None:
+    """Refuse smaller values of options; None is one that was not given.
 
     Raises:
         ValueError: names the option.
     """
     for name, value in values.items():
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"--{name} {value}: expected at least {least}")
+
+
+def changed(options: Any) -> dict[str, Any]:
+    """Those options of a group that are not what they are by default."""
+    return {name: value for name, value in vars(options).items() if value != getattr(type(options)(), name)}
+
+
+@contextmanager
+def usage(command: str) -> Iterator[None]:
+    """Options that do not go together are a mistake in the command line."""
+    from okavango.dispatch import OptionError
+
+    try:
+        yield
+    except OptionError as error:
+        raise Usage(f"{command}: {error}") from None
 
 
 def one_line(error: Exception) -> str:
@@ -824,6 +863,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(verb: str, rest: list[str]) -> int:
+    from okavango.pretrain.settings import own_arguments
     from okavango.recipes import named, recipes
 
     if not rest or rest[0] in ("-h", "--help"):
@@ -839,8 +879,7 @@ def _run(verb: str, rest: list[str]) -> int:
     default = recipe
 
     def run(out: Path, recipe=recipe) -> None:
-        if recipe.model != default.model and recipe.model_args == default.model_args:
-            recipe = replace(recipe, model_args={})  # those were meant for the recipe's own architecture
+        recipe = own_arguments(recipe, default)
         recipe.check()  # before torch is imported
         from okavango import verbs
 

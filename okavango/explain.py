@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from okavango.models.backbone import Backbone, resolve_layers
+from okavango.models.elastic_swin import windows_on_map
 from okavango.models.features import Features, Subnet
 
 
@@ -31,31 +32,35 @@ def attention(model: Backbone, images: Any, *, layer: int = -1, subnet: Subnet |
     """Attention probabilities of one block, in eval mode.
 
     Args:
-        model: an elastic or extracted vision transformer, or a wrapped one (`timm/`, `torchvision/`, `open_clip/`).
+        model: an elastic or extracted vision transformer or Swin, a wrapped vision transformer (`timm/`, `torchvision/`,
+            `open_clip/`), or timm's Swin of the first version.
         images: float (B, C, H, W) as after the preprocess, or anything else that `model.preprocess(image=...)` takes.
         layer: block, negative ones count from the end.
         subnet: slice of an elastic model.
-        class_maps: only the row of the class token over the patches, as a map.
+        class_maps: only what the class token looks at, or, where there is none, the patches on average, as a map.
     Returns:
-        (B, heads, N, N), rows sum to 1, prefix tokens first; with `class_maps` (B, heads, h, w).
+        (B, heads, N, N), rows sum to 1, prefix tokens first; with `class_maps` (B, heads, h, w). A Swin's N are the cells of the
+        map that the block works on; between its windows stands 0, and what cells look at in the padding of a map is left out.
     Raises:
-        ExplainError: a model without plain attention, or without a class token when maps are asked for.
+        ExplainError: a model without attention that can be shown, or whose tokens form no map when maps are asked for.
     """
     batch = as_batch(model, images)
     training = model.training
     model.eval()
     try:
         own = getattr(model, "attention_weights", None)
-        weights = own({"image": batch}, layer, subnet) if own else _recompute(model, batch, layer, subnet)
+        weights = own({"image": batch}, layer, subnet) if own else _caught(model, batch, layer, subnet)
     finally:
         model.train(training)
     if not class_maps:
         return weights
     info = model.feature_info
-    grid = tuple(side // info.strides[0] for side in batch.shape[-2:])
-    if not info.prefix or weights.shape[-1] != info.prefix + grid[0] * grid[1]:
-        raise ExplainError(f"{type(model).__name__}: has no class token to draw maps of; leave class_maps out")
-    return weights[:, :, 0, info.prefix :].unflatten(-1, grid)
+    grids = [tuple(-(-side // stride) for side in batch.shape[-2:]) for stride in info.strides]
+    grid = next((grid for grid in grids if weights.shape[-1] == info.prefix + grid[0] * grid[1]), None)
+    if grid is None:
+        raise ExplainError(f"{type(model).__name__}: the tokens of this block form no map; leave class_maps out")
+    rows = weights[:, :, 0] if info.prefix else weights.mean(2)
+    return rows[:, :, info.prefix :].unflatten(-1, grid)
 
 
 def as_batch(model: Backbone, images: Any) -> Tensor:
@@ -66,10 +71,13 @@ def as_batch(model: Backbone, images: Any) -> Tensor:
     return batch.to(parameter.device, parameter.dtype)
 
 
-def _recompute(model: Backbone, batch: Tensor, layer: int, subnet: Subnet | None) -> Tensor:
+def _caught(model: Backbone, batch: Tensor, layer: int, subnet: Subnet | None) -> Tensor:
+    """Attention of a block of another library, from what goes into it."""
+    from timm.models.swin_transformer import SwinTransformerBlock
+
     if subnet is not None:
         raise ExplainError(f"{type(model).__name__}: has no subnets")
-    modules = [module for module in model.modules() if _is_plain(module)]
+    modules = [module for module in model.modules() if _is_plain(module) or type(module) is SwinTransformerBlock]
     if not modules:
         raise ExplainError(
             f"{type(model).__name__} ({model.architecture}): has no plain self-attention to show; use a vision transformer"
@@ -82,6 +90,8 @@ def _recompute(model: Backbone, batch: Tensor, layer: int, subnet: Subnet | None
     finally:
         hook.remove()
     args, kwargs = caught[0]
+    if type(modules[index]) is SwinTransformerBlock:
+        return _swin_weights(modules[index], args[0])
     if kwargs.get("attn_mask") is not None:
         raise ExplainError(f"{model.architecture}: block {index} masks its attention, which is not recomputed")
     return _weights(modules[index], args[0] if args else kwargs["query"])
@@ -107,6 +117,29 @@ def _weights(module: Any, x: Tensor) -> Tensor:
         qkv = module.qkv(x).unflatten(-1, (3, module.num_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
         query, key, head_dim = module.q_norm(qkv[0]), module.k_norm(qkv[1]), module.head_dim
     return (query @ key.transpose(-1, -2) * head_dim**-0.5).softmax(-1)
+
+
+def _swin_weights(block: Any, x: Tensor) -> Tensor:
+    """(B, H, W, D) into a block of timm's Swin -> probabilities (B, heads, H * W, H * W), 0 between windows.
+
+    The block computes them; the same cutting into windows says where each of them stands.
+    """
+    from timm.models.swin_transformer import window_partition
+
+    caught: list[Tensor] = []
+    hook, fused = block.attn.softmax.register_forward_hook(lambda _, __, out: caught.append(out)), block.attn.fused_attn
+    block.attn.fused_attn = False
+    try:
+        block(x)
+    finally:
+        hook.remove()
+        block.attn.fused_attn = fused
+    height, width = x.shape[1:3]
+    numbers = torch.arange(1, height * width + 1, device=x.device).view(1, height, width, 1)
+    numbers = numbers.roll([-shift for shift in block.shift_size], (1, 2))
+    numbers = F.pad(numbers, (0, 0, 0, -width % block.window_size[1], 0, -height % block.window_size[0]))
+    cells = window_partition(numbers, block.window_size).flatten(1)
+    return windows_on_map(caught[0].unflatten(0, (len(x), -1)), cells, height * width)
 
 
 # -- principal components ---------------------------------------------------------------------------------------------------

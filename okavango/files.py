@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -33,3 +34,13 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = 1, default: Callable[[Any], Any] | None = None) -> None:
+    """Write JSON whole or not at all, and flush it to the disk; everything but ASCII is escaped.
+
+    Args:
+        indent, default: see `json.dumps`.
+    """
+    text = json.dumps(content, indent=indent, default=default) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))

@@ -7,11 +7,13 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from okavango import caches
 from okavango.data.places import Places, find_places
 from okavango.data.sources import Source, open_source
 from okavango.downstream.retrieval import metrics
@@ -22,17 +24,24 @@ from okavango.downstream.retrieval.page import render
 from okavango.downstream.retrieval.protocols import find_card, resolve
 from okavango.downstream.retrieval.rerankers import find_reranker
 from okavango.models.backbone import Backbone, Elastic, latency
-from okavango.verbs import Say, chosen_subnets, command_line, open_model
+from okavango.verbs import Opened, Say, chosen_subnets, command_line, open_model
 from okavango.zoo.leaderboard.records import Record, bootstrap, environment, now, paired_bootstrap, read_records, write_record
 
 
 def evaluate(
-    checkpoint: str | Backbone,
+    checkpoint: str | Backbone | Opened,
     *,
     data: str | Source | None = None,
+    protocol: str = "retrieval",
+    subnets: Sequence[str] | str = (),
+    report: str | os.PathLike | None = None,
+    out: str | os.PathLike | None = None,
+    seed: int = 0,
+    batch: int = 32,
+    workers: int = 0,
+    say: Say = print,
     database: str | Source | None = None,
     queries: str | Source | None = None,
-    protocol: str = "retrieval",
     card: str = "",
     pairs: str | os.PathLike | None = None,
     rerank: str = "",
@@ -42,30 +51,23 @@ def evaluate(
     storage: str = "float32",
     pca: int = 0,
     whiten: int = 0,
-    subnets: Sequence[str] | str = (),
-    report: str | os.PathLike | None = None,
-    out: str | os.PathLike | None = None,
-    seed: int = 0,
-    batch: int = 32,
-    workers: int = 0,
-    say: Say = print,
 ) -> list[Record]:
     """Measure how well a backbone finds places, with or without re-ranking.
 
     Args:
         checkpoint: anything `ok.load` takes, a backbone, or a baseline: "thumbnail" (grey, 16 x 16) or "chance" (random vectors).
-        data: a folder with ``database`` and ``queries`` in it, or ``samples/places``; or give the two parts:
-        database, queries: folders or other sources of pictures.
+        data: a folder with ``database`` and ``queries`` in it, or ``samples/places``; or give the two parts.
         protocol: "retrieval/utm25" and others; see `okavango.downstream.retrieval.protocols`.
-        card: name of a dataset card, which checks the numbers of pictures and sets dataset and protocol.
-        pairs: the file of "retrieval/pairs".
-        rerank: "mutual-nn", "similarity" or "ransac", on the first `top` candidates.
-        factory, search, storage, pca, whiten: see `okavango.downstream.retrieval.index.build_index`.
         subnets: names such as "w64_d2", or "all", of an elastic backbone.
         report: folder that gets ``index.html``, ``ranking.npz`` and, for the next run, descriptors and index.
         out: file of records to append to.
         seed: of intervals.
         batch: pictures per forward pass; workers: processes that read pictures.
+        database, queries: the two parts, folders or other sources of pictures.
+        card: name of a dataset card, which checks the numbers of pictures and sets dataset and protocol.
+        pairs: the file of "retrieval/pairs".
+        rerank: "mutual-nn", "similarity" or "ransac", on the first `top` candidates.
+        factory, search, storage, pca, whiten: see `okavango.downstream.retrieval.index.build_index`.
     Returns:
         one record per subnet and metric: R@1, R@5, ... and mAP.
     Raises:
@@ -87,11 +89,14 @@ def evaluate(
     records: list[Record] = []
     jobs = describers(checkpoint, subnets, local=bool(rerank))
     for describer, facts in jobs:
-        with tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as temporary, ExitStack() as ending:
             folder = Path(report or temporary) / (facts["subnet"] if len(jobs) > 1 else "")
+            if report is not None:
+                ending.enter_context(caches.used(folder / "descriptors", "descriptors"))
             ranking, known_described, asked_described = rank(
                 describer, known, asked, rule, plan, folder, reranker=reranker, say=say
             )
+            caches.touch(folder / "descriptors" / "store.json")
             about = settings(ranking, rule, plan) | ({"card": chosen.to_json()} if card else {})
             fields = {
                 "dataset": dataset,
@@ -155,12 +160,13 @@ def _with_ids(source: Any) -> Any:
     return source
 
 
-def describers(checkpoint: str | Backbone, subnets: Sequence[str] | str = (), *, local: bool) -> list[tuple[Describer, dict]]:
+def describers(
+    checkpoint: str | Backbone | Opened, subnets: Sequence[str] | str = (), *, local: bool
+) -> list[tuple[Describer, dict]]:
     """How to describe pictures with a checkpoint, each of its subnets, or a baseline; with the facts of their records."""
     if isinstance(checkpoint, str) and checkpoint in BASELINES:
         return [(BASELINES[checkpoint](), {"model": checkpoint, "baseline": checkpoint, "subnet": ""})]
-    model, sha256 = open_model(checkpoint) if isinstance(checkpoint, str) else (checkpoint, "")
-    name = checkpoint if isinstance(checkpoint, str) else model.architecture
+    model, name, sha256 = open_model(checkpoint)
     jobs: list[tuple[Describer, dict]] = []
     for subnet in chosen_subnets(model, subnets):
         sized = model.extract(subnet) if subnet is not None and isinstance(model, Elastic) else model

@@ -26,7 +26,7 @@ from okavango.data.geotiff import Scene
 from okavango.data.tiles import Tiles, Window
 from okavango.downstream.classification.features import evaluating, image_modality
 from okavango.downstream.classification.head import Classifier
-from okavango.files import write_whole
+from okavango.files import write_json, write_whole
 from okavango.models.backbone import Backbone
 from okavango.models.features import Subnet, to_device
 from okavango.models.preprocess import ArraySpec, Raster
@@ -232,7 +232,7 @@ def _claim(folder: Path, made: dict[str, Any]) -> None:
     manifest = folder / "manifest.json"
     if not any(folder.glob("strip-*.npy")):
         (folder / "components.npz").unlink(missing_ok=True)
-        write_whole(manifest, lambda file: file.write(json.dumps(made, indent=1).encode()))
+        write_json(manifest, made)
     found = json.loads(manifest.read_text(encoding="utf-8"))
     wanted = json.loads(json.dumps(made))
     for name in sorted({*found, *wanted}):

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from okavango import caches
 from okavango.data.labels import LabelSets, read_label_sets
 from okavango.data.sources import BadSample, Source, cached
 from okavango.data.statistics import Statistics, Streaming
@@ -32,9 +33,10 @@ from okavango.downstream.classification.probes import PROBES
 from okavango.downstream.classification.protocols import fit, resolve
 from okavango.files import write_whole
 from okavango.models.backbone import Backbone
+from okavango.models.features import Subnet
 from okavango.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Image, Normalise, Preprocess, Raster, Resize
 from okavango.models.raster import Bands
-from okavango.verbs import Say, open_model, outcome_record, train_and_test
+from okavango.verbs import Say, chosen_subnets, named_subnets, open_model, outcome_record, train_and_test
 from okavango.zoo.leaderboard.records import Record, paired_bootstrap, read_records, write_record
 
 FORMAT_VERSION = 1
@@ -171,6 +173,7 @@ class Encoder:
         build: (contract, data) -> backbone.
         channels: what it takes; None takes whatever the data have. modality: that the pictures feed.
         own: the contract of its checkpoint; None for a baseline.
+        subnet: of an elastic checkpoint.
         network: architecture and arguments, of a checkpoint.
     """
 
@@ -181,37 +184,46 @@ class Encoder:
     channels: tuple[str, ...] | None = None
     modality: str = "image"
     own: Preprocess | None = None
+    subnet: str = ""
     network: tuple[str, Mapping[str, Any]] = ("", {})
     seed: int = 0
     sha256: str = ""
     parameters: int | None = None
 
 
-def checkpoint_encoder(name: str, baseline: str = "pretrained") -> Encoder:
-    """A checkpoint, with the contract that it carries.
+def checkpoint_encoders(checkpoint: str, baseline: str = "pretrained") -> Iterator[Encoder]:
+    """A checkpoint, or each of its subnets, with the contract that it carries.
 
+    Args:
+        checkpoint: as for `okavango.verbs.evaluate`; ``NAME@w64_d2`` or ``NAME@all`` takes subnets, see
+            `okavango.verbs.named_subnets`.
     Raises:
-        ValueError: there is no such checkpoint, or it does not take pictures or rasters.
+        ValueError: there is no such checkpoint or subnet, or it does not take pictures or rasters.
     """
-    model, sha256 = open_model(name)
-    own, modality = model.preprocess, image_modality(model.preprocess)
+    name, subnets = named_subnets(checkpoint)
+    model, _, sha256 = open_model(name)
+    own, modality, digest = model.preprocess, image_modality(model.preprocess), state_digest(model)
 
-    def build(contract: Preprocess, subject: Subject) -> Backbone:
-        model.preprocess = contract
-        return model
+    def build(contract: Preprocess, subject: Subject, subnet: Subnet | None) -> Backbone:
+        sized = model if subnet is None else model.extract(subnet)
+        sized.preprocess = contract
+        return sized
 
-    return Encoder(
-        model=name,
-        baseline=baseline,
-        identity=state_digest(model),
-        build=build,
-        channels=own.array(modality).channels,
-        modality=modality,
-        own=own,
-        network=(model.architecture, model.arguments),
-        sha256=sha256,
-        parameters=sum(each.numel() for each in model.parameters()),
-    )
+    for subnet in chosen_subnets(model, subnets):
+        sized = model if subnet is None else model.extract(subnet)
+        yield Encoder(
+            model=name,
+            baseline=baseline,
+            identity=digest if subnet is None else f"{digest} {subnet}",
+            build=partial(build, subnet=subnet),
+            channels=own.array(modality).channels,
+            modality=modality,
+            own=own,
+            subnet=str(subnet or ""),
+            network=(sized.architecture, sized.arguments),
+            sha256=sha256,
+            parameters=sum(each.numel() for each in sized.parameters()),
+        )
 
 
 def untrained_encoder(
@@ -358,6 +370,7 @@ def row_features(row: Row, subject: Subject, source: Source, cache: Path, backbo
     """Features of a source, from the cache where they are there and whole."""
     file = cache / f"{row.key(source.digest)}.safetensors"
     if (found := read_features(file)) is not None:
+        caches.touch(file)
         return found
     embedded = extract_features(backbone(), source, batch=batch, allow=subject.allow)
     write_features(file, embedded)
@@ -407,14 +420,15 @@ def measure_rows(
         keys = {protocol: row.key(*digests, protocol) for protocol in protocols}
         known = {record.settings.get("row") for record in read_records(out)} if Path(out).exists() else set()
         left = [protocol for protocol in protocols if keys[protocol] not in known]  # looked up anew: others may write there too
+        called = f"{row.label} {row.encoder.subnet}".strip()
         if not left:
-            say(f"{row.label}: measured already")
+            say(f"{called}: measured already")
             continue
         backbone = _once(partial(row.encoder.build, row.contract, subject))
         try:
             train, test = (row_features(row, subject, source, cache, backbone, batch) for source in (subject.train, subject.test))
         except ValueError as error:
-            say(f"left out: {row.label}: {str(error).splitlines()[0]}")
+            say(f"left out: {called}: {str(error).splitlines()[0]}")
             continue
         for protocol in left:
             outcome = fit(train, protocol, row.encoder.seed).score(test)
@@ -427,6 +441,7 @@ def measure_rows(
                 dataclasses.replace(outcome, settings={**about, **outcome.settings, "preprocess": spec}),
                 seed=row.encoder.seed,
                 model=row.encoder.model,
+                subnet=row.encoder.subnet,
                 baseline=row.encoder.baseline,
                 label=row.label,
                 dataset=subject.test.name,
@@ -437,7 +452,7 @@ def measure_rows(
             )
             write_record(out, record)
             low, high = record.interval or (record.value, record.value)
-            say(f"{row.label}, {protocol}: {record.metric} {record.value:.4f} [{low:.4f}, {high:.4f}]")
+            say(f"{called}, {protocol}: {record.metric} {record.value:.4f} [{low:.4f}, {high:.4f}]")
             new.append(record)
     return new
 
@@ -500,7 +515,7 @@ def run_study(
     Args:
         data, train: see `okavango.verbs.train_and_test`.
         out: file of records to append to.
-        checkpoints: as for `okavango.verbs.evaluate`.
+        checkpoints: see `checkpoint_encoders`.
         imagenet: the network trained on ImageNet, a checkpoint or TIMM/NAME or TORCHVISION/NAME; where its weights cannot be had,
             that is said, and its untrained twin is measured all the same.
         labels: JSON of {id: [labels]} of both parts, for sets of labels.
@@ -532,7 +547,8 @@ def run_study(
     encoders = list(all_encoders(checkpoints, imagenet, seeds, say))
     grid = rows(subject, encoders, sizes, normalisations, bands, resize, say)
     cache = Path(out).with_suffix(".cache") if cache is None else cache
-    return measure_rows(subject, grid, names, out=out, cache=cache, batch=batch, say=say)
+    with caches.used(cache, "features"):
+        return measure_rows(subject, grid, names, out=out, cache=cache, batch=batch, say=say)
 
 
 def all_encoders(checkpoints: Sequence[str], imagenet: str, seeds: Sequence[int], say: Say = print) -> Iterator[Encoder]:
@@ -545,14 +561,14 @@ def all_encoders(checkpoints: Sequence[str], imagenet: str, seeds: Sequence[int]
     channels: tuple[str, ...] | None = RGB
     for name in dict.fromkeys((imagenet, *checkpoints)):
         try:
-            found = checkpoint_encoder(name, "ImageNet" if name == imagenet else "pretrained")
+            found = list(checkpoint_encoders(name, "ImageNet" if name == imagenet else "pretrained"))
         except (ValueError, OSError, RuntimeError) as error:  # whatever a library raises for weights that it does not know
             if name in checkpoints:
                 raise
             say(f"left out: {imagenet} trained on ImageNet: {str(error).splitlines()[0]}")
             continue
         if name == imagenet:
-            (architecture, arguments), channels, modality = found.network, found.channels, found.modality
-        yield found
+            (architecture, arguments), channels, modality = found[0].network, found[0].channels, found[0].modality
+        yield from found
     for seed in seeds:
         yield untrained_encoder(architecture, arguments, channels, modality, seed)

@@ -1,9 +1,10 @@
-"""What users call: `pretrain`, `finetune`, `evaluate`, `embed`, `predict`. They assemble the parts; nothing knows them."""
+"""What users call: `pretrain` and `finetune`; of pictures also `evaluate`, `embed` and `predict`; and what all verbs share."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -30,12 +31,13 @@ from okavango.downstream.retrieval.evaluate import Plan, rank
 from okavango.downstream.retrieval.protocols import Radius
 from okavango.downstream.retrieval.rerankers import mutual_nn
 from okavango.downstream.segmentation.head import Segmenter
+from okavango.files import write_whole
 from okavango.models.adapters import Adapted
 from okavango.models.backbone import ArgumentError, Backbone, Elastic, create_model, latency, unknown_name
 from okavango.models.features import Subnet
 from okavango.models.raster import Bands
 from okavango.pretrain import loop
-from okavango.pretrain.settings import Recipe
+from okavango.pretrain.settings import Recipe, own_arguments
 from okavango.recipes import named
 from okavango.scenes import Cut, classify_scene, embed_scene
 from okavango.zoo.checkpoint import base_problem, file_sha256, read_config, save_checkpoint
@@ -59,8 +61,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: unknown field; the message offers the nearest.
     """
-    if "model" in changes and "model_args" not in changes and isinstance(recipe, Recipe):
-        changes = {**changes, "model_args": {}}  # the recipe's were meant for its own architecture
+    before = recipe
     for name, value in changes.items():
         head, _, rest = name.partition(".")
         fields = {field.name for field in dataclasses.fields(recipe)}
@@ -72,7 +73,8 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
             recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, **{head: value}))
         else:
             raise ValueError(unknown_name("setting", name, sorted(fields | loop_fields)))
-    return recipe
+    alone = isinstance(before, Recipe) and "model" in changes and "model_args" not in changes
+    return own_arguments(recipe, before) if alone else recipe
 
 
 def pretrain(
@@ -296,11 +298,11 @@ def train_and_test(data: str | Source, train: str | Source | None = None) -> tup
 
 
 def evaluate(
-    checkpoint: str | Backbone,
+    checkpoint: str | Backbone | Opened,
     *,
     data: str | Source,
-    train: str | Source | None = None,
     protocol: str | Sequence[str] = "knn",
+    train: str | Source | None = None,
     subnets: Sequence[str] | str = (),
     out: str | os.PathLike | None = None,
     seed: int = 0,
@@ -308,7 +310,7 @@ def evaluate(
     workers: int = 0,
     say: Say = print,
 ) -> list[Record]:
-    """Measure a frozen backbone.
+    """Measure a frozen backbone on labelled pictures.
 
     Args:
         checkpoint: anything `ok.load` takes, a backbone, or "raw-pixels" for the baseline that knows nothing.
@@ -316,6 +318,7 @@ def evaluate(
         protocol: "knn", "logistic", "linear", "linear-sweep" ..., or several; see `okavango.downstream.classification.protocols`.
         subnets: names such as "w64_d2", or "all", of an elastic backbone; none means the model as it is.
         out: file of records to append to.
+        seed: of held-out parts and intervals.
         batch: pictures per forward pass; workers: processes that read them, 0 for none but this one.
     Returns:
         One record per subnet and protocol.
@@ -339,11 +342,9 @@ def evaluate(
         if isinstance(test_source[0]["image"], Bands):
             raise ValueError(f"raw-pixels measures pictures, and {test_source.name} holds rasters of bands")
         jobs = [raw_pixels_job(tuple(test_source[0]["image"].shape[-2:]))]
-    elif isinstance(checkpoint, str):
-        model, sha256 = open_model(checkpoint)
-        jobs = backbone_jobs(model, subnets, **passes, model=checkpoint, weights_sha256=sha256)
     else:
-        jobs = backbone_jobs(checkpoint, subnets, **passes, model=checkpoint.architecture)
+        model, name, sha256 = open_model(cast("str | Backbone | Opened", checkpoint))
+        jobs = backbone_jobs(model, subnets, **passes, model=name, weights_sha256=sha256)
     records: list[Record] = []
     for embed_source, facts in jobs:
         for record in measure(embed_source, train_source, [test_source], protocols, seed=seed, out=out, **facts):
@@ -446,15 +447,44 @@ def outcomes(
             yield outcome_record(protocol, found[protocol], seed=seed, **where, **facts), found[protocol]
 
 
-def open_model(checkpoint: str) -> tuple[Backbone, str]:
-    """A backbone in eval mode and the sha256 of its weights file ("" when a library brought them).
+class Opened(NamedTuple):
+    """A model, and what records and files say of it."""
+
+    model: Any
+    name: str  # as the user called it, or its architecture
+    sha256: str = ""  # of its file of weights; "" where a library or the caller brought them
+
+
+def open_model(checkpoint: str | os.PathLike | Backbone | Opened) -> Opened:
+    """A backbone; in eval mode, unless the caller brought it.
 
     Args:
-        checkpoint: what `ok.load` takes, or ``timm/NAME`` and the like with that library's pretrained weights.
+        checkpoint: what `ok.load` takes, or ``timm/NAME`` and the like with that library's pretrained weights; or the model itself.
     """
+    if isinstance(checkpoint, Opened):
+        return checkpoint
+    if isinstance(checkpoint, Backbone):
+        return Opened(checkpoint, checkpoint.architecture)
+    checkpoint = os.fspath(checkpoint)
     if checkpoint.partition("/")[0] in ("timm", "torchvision", "open_clip") and not Path(checkpoint).exists():
-        return create_model(checkpoint, pretrained=True).eval(), ""
-    return load(checkpoint), file_sha256(resolve_checkpoint(checkpoint) / "model.safetensors")
+        return Opened(create_model(checkpoint, pretrained=True).eval(), checkpoint)
+    return Opened(load(checkpoint), checkpoint, file_sha256(resolve_checkpoint(checkpoint) / "model.safetensors"))
+
+
+def open_head(checkpoint: str | os.PathLike | nn.Module | Opened) -> Opened:
+    """What was fine-tuned, with its head; a checkpoint without one gives its backbone.
+
+    Args:
+        checkpoint: what `ok.load` takes, the run folder that holds its export, or the model itself.
+    """
+    if isinstance(checkpoint, Opened):
+        return checkpoint
+    if isinstance(checkpoint, nn.Module):
+        return Opened(checkpoint, cast(Backbone, getattr(checkpoint, "backbone", checkpoint)).architecture)
+    checkpoint = os.fspath(checkpoint)
+    run = Path(checkpoint) / "export"
+    where = str(run) if (run / "config.json").is_file() else checkpoint
+    return Opened(load(where, heads=heads()), checkpoint, file_sha256(resolve_checkpoint(where) / "model.safetensors"))
 
 
 def run_leaderboard(
@@ -478,17 +508,18 @@ def run_leaderboard(
     test_source = train_and_test(data, train)[1]
     new: list[Record] = []
     for checkpoint in checkpoints:
-        name, _, subnets = checkpoint.partition("@")
+        name, subnets = named_subnets(checkpoint)
         wanted: list[Subnet | None] = [None]
+        model: str | Opened = name  # a baseline stays a name
         sha256 = ""
         if name != "raw-pixels":
-            model, sha256 = open_model(name)
-            wanted = chosen_subnets(model, subnets.split(",") if subnets else [])
+            model = open_model(name)
+            sha256, wanted = model.sha256, chosen_subnets(model.model, subnets)
         for subnet in wanted:
             left = [p for p in map(resolve, protocols) if (sha256, str(subnet or ""), test_source.digest, p, seed) not in known]
             if left:
                 names = [str(subnet)] if subnet else []
-                new += evaluate(name, data=data, train=train, protocol=left, subnets=names, out=out, seed=seed, say=say)
+                new += evaluate(model, data=data, protocol=left, train=train, subnets=names, out=out, seed=seed, say=say)
             else:
                 say(f"{name} {subnet or ''}: measured already")
     return new
@@ -517,6 +548,17 @@ def outcome_record(protocol: str, outcome: Outcome, *, seed: int, **facts: Any) 
     )
 
 
+def named_subnets(checkpoint: str) -> tuple[str, list[str]]:
+    """A checkpoint and the subnets that are named after it: ``NAME@all``, ``NAME@w64_d2,w128_d6``.
+
+    Example:
+        >>> named_subnets("runs/a/export@w64_d2"), named_subnets("hf://org/name@main")
+        (('runs/a/export', ['w64_d2']), ('hf://org/name@main', []))
+    """
+    match = re.fullmatch(r"(.+)@(all|w\d+_d[\d-]+(?:,w\d+_d[\d-]+)*)", checkpoint)
+    return (match[1], match[2].split(",")) if match else (checkpoint, [])  # "@" may also stand before a revision
+
+
 def chosen_subnets(model: Backbone, wanted: Sequence[str] | str) -> list[Subnet | None]:
     """Subnets by name, "all", or [None] for the model as it is.
 
@@ -533,7 +575,7 @@ def chosen_subnets(model: Backbone, wanted: Sequence[str] | str) -> list[Subnet 
 
 
 def embed(
-    checkpoint: str | Backbone,
+    checkpoint: str | Backbone | Opened,
     data: str | Source,
     out: str | os.PathLike,
     *,
@@ -559,25 +601,39 @@ def embed(
     """
     out = Path(out)
     if out.suffix in SCENE:
-        model = open_model(checkpoint)[0] if isinstance(checkpoint, str) else checkpoint
+        model = open_model(checkpoint).model
         (chosen,) = chosen_subnets(model, [subnet] if subnet else [])
         options: dict[str, Any] = {"cut": cut or Cut(), "components": components, "half": half, "allow": allow}
         return embed_scene(model, cast(str, data), out, subnet=chosen, batch=batch, say=say, **options)
-    if out.suffix != ".parquet":
-        raise ValueError(f"--out {out}: expected a name that ends in .parquet, or in .tif for one scene")
+    check_table(out)
     if cut or components or half or allow:
         raise ValueError(f"--out {out}: tiles and what goes with them are for one scene, whose --out ends in .tif")
+    source = open_source(data)
+    model, name, _ = open_model(checkpoint)
+    (chosen,) = chosen_subnets(model, [subnet] if subnet else [])
+    embedded = extract_features(model, source, subnet=chosen, batch=batch, workers=workers)
+    return write_table(out, embedded, {"model": name, "subnet": subnet, "source_sha256": source.digest}, say)
+
+
+def check_table(out: Path) -> None:
+    """Refuse, before anything is computed, what cannot become a table of embeddings.
+
+    Raises:
+        ValueError: another ending, or no such folder.
+    """
+    if out.suffix != ".parquet":
+        raise ValueError(f"--out {out}: expected a name that ends in .parquet, or in .tif for one scene")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+
+
+def write_table(out: Path, embedded: Embedded, about: Mapping[str, str], say: Say) -> Path:
+    """Vectors as a Parquet file with `about` in its metadata; says what was left out."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
-    source = open_source(data)
-    model = open_model(checkpoint)[0] if isinstance(checkpoint, str) else checkpoint
-    (chosen,) = chosen_subnets(model, [subnet] if subnet else [])
-    embedded = extract_features(model, source, subnet=chosen, batch=batch, workers=workers)
-    for name, reason in embedded.bad:
-        say(f"left out {name}: {reason}")
+    for _, reason in embedded.bad:
+        say(f"left out {reason}")
     labels = None if embedded.labels is None else [int(label) for label in embedded.labels]
     table = pa.table(
         {
@@ -585,42 +641,38 @@ def embed(
             "label": pa.array(labels if labels is not None else [None] * len(embedded), pa.int64()),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embedded.features.reshape(-1)), embedded.features.shape[1]),
         }
-    ).replace_schema_metadata(
-        {
-            "model": checkpoint if isinstance(checkpoint, str) else model.architecture,
-            "subnet": subnet,
-            "source_sha256": source.digest,
-        }
-    )
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        parquet.write_table(table, aside)
-        aside.replace(out)
-    finally:
-        aside.unlink(missing_ok=True)
+    ).replace_schema_metadata(dict(about))
+    write_whole(out, lambda file: parquet.write_table(table, file))
     say(f"{len(embedded)} embeddings of {embedded.features.shape[1]} numbers are in {out}")
     return out
 
 
 def predict(
-    checkpoint: str,
+    checkpoint: str | Classifier | Opened,
     data: str | Source,
-    *,
     out: str | os.PathLike | None = None,
-    top: int = 1,
+    *,
     batch: int = 64,
+    top: int = 1,
     cut: Cut | None = None,
     allow: Mapping[str, str] | None = None,
     say: Say = print,
 ) -> list[tuple[str, list]]:
     """Classes of pictures by a fine-tuned checkpoint: (id, [(class, probability), ...] best first).
 
-    With `out`, a name that ends in .tif, `data` is one scene, and the file gets the class of every tile; nothing is returned then.
-    See `okavango.scenes.classify_scene`.
+    Args:
+        checkpoint: see `open_head`.
+        data: pictures, see `open_source`; with `out`, one scene, see `okavango.data.geotiff.Scene`.
+        out: a name that ends in .tif: the map of the classes of all tiles, see `okavango.scenes.classify_scene`; nothing is
+            returned then.
+        batch: pictures per forward pass. top: classes per picture.
+        cut, allow: of scenes only.
+    Raises:
+        ValueError: the checkpoint holds no classifier.
     """
-    model = load(checkpoint, heads=heads())
+    model, name, _ = open_head(checkpoint)
     if not isinstance(model, Classifier):
-        raise ValueError(f"{checkpoint} holds no classifier; fine-tune one with `okavango finetune`")
+        raise ValueError(f"{name} holds no classifier; fine-tune one with `okavango finetune`")
     if out is not None:
         classify_scene(model, cast(str, data), out, cut=cut or Cut(), batch=batch, allow=allow, say=say)
         return []

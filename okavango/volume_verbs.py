@@ -1,13 +1,15 @@
-"""What users call for studies: `evaluate` of segmentation, classification and survival, `predict`, `synthesize`."""
+"""What users call for studies: `evaluate` of segmentation, classification and survival, `embed`, `predict`, `synthesize`."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,21 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from okavango import verbs
 from okavango.data.sources import BadSample, Source, open_source
-from okavango.data.studies import REGIONS, Prepare, _labels, regions, write_scan
-from okavango.downstream.classification.features import evaluating
+from okavango.data.studies import REGIONS, Prepare, Prepared, _labels, regions, write_scan
+from okavango.downstream.classification.features import evaluating, extract_features
 from okavango.downstream.classification.studies import StudyClassifier, StudyHead
 from okavango.downstream.classification.survival import SurvivalHead, evaluate_survival, risk, survival, times
 from okavango.downstream.segmentation import infer, metrics
 from okavango.downstream.segmentation.head import Segmenter
 from okavango.downstream.volumes import chosen, stack
+from okavango.models.backbone import Backbone
 from okavango.models.bm_mae import BMMAE
 from okavango.models.preprocess import Preprocess, PreprocessError
 from okavango.models.volume import undo
 from okavango.pretrain.objectives.bm_mae import load_objective
-from okavango.verbs import Say, command_line, heads
-from okavango.zoo.checkpoint import file_sha256, read_config
-from okavango.zoo.hub import load
+from okavango.verbs import Opened, Say, command_line
 from okavango.zoo.hub import resolve as resolve_checkpoint
 from okavango.zoo.leaderboard.records import Record, bootstrap, environment, now, read_records, write_record
 
@@ -61,45 +63,41 @@ def subsets_of(modalities: Sequence[str]) -> list[tuple[str, ...]]:
     return [subset for size in sizes for subset in itertools.combinations(modalities, size)]
 
 
-def holds_head(checkpoint: str) -> bool:
-    """Whether a checkpoint, or the run folder that holds its export, has a head for studies."""
-    run = Path(checkpoint) / "export"
-    head = read_config(run if (run / "config.json").is_file() else resolve_checkpoint(checkpoint))["head"]
-    return head is not None and head["entry"] in {each.entry for each in (Segmenter, StudyClassifier, SurvivalHead)}
+def holds_head(model: nn.Module) -> bool:
+    """Whether a model has a head for studies."""
+    return isinstance(model, Segmenter | StudyHead)
 
 
-def open_head(checkpoint: str) -> tuple[Any, str]:
-    """A fine-tuned model of studies, also by the run folder that holds its export, and the sha256 of its weights.
+def open_head(checkpoint: str | os.PathLike | nn.Module | Opened) -> Opened:
+    """A fine-tuned model of studies; see `okavango.verbs.open_head`.
 
     Raises:
         ValueError: the checkpoint holds no such head.
     """
-    run = Path(checkpoint) / "export"
-    where = str(run) if (run / "config.json").is_file() else checkpoint
-    model = load(where, heads=heads())
-    if not isinstance(model, Segmenter | StudyHead):
+    found = verbs.open_head(checkpoint)
+    if not holds_head(found.model):
         raise ValueError(
-            f"{checkpoint}: holds no head for studies; fine-tune one with `okavango finetune segment_bm_mae` or its kin"
+            f"{found.name}: holds no head for studies; fine-tune one with `okavango finetune segment_bm_mae` or its kin"
         )
-    return model, file_sha256(resolve_checkpoint(where) / "model.safetensors")
+    return found
 
 
 # -- evaluate -----------------------------------------------------------------------------------------------------------------
 
 
 def evaluate(
-    checkpoint: str | Segmenter | StudyHead,
+    checkpoint: str | Segmenter | StudyHead | Opened,
     *,
     data: str | Source,
     protocol: str = "segmentation/brats",
     train: str | Source | None = None,
-    modalities: Sequence[str] = (),
-    overlap: float = 0.5,
     report: str | os.PathLike | None = None,
     out: str | os.PathLike | None = None,
     seed: int = 0,
     batch: int = 1,
     say: Say = print,
+    modalities: Sequence[str] = (),
+    overlap: float = 0.5,
 ) -> list[Record]:
     """Measure a fine-tuned model on studies, for every subset of its sequences.
 
@@ -110,34 +108,34 @@ def evaluate(
             cases as the challenge does; "segmentation/reference" is what BM-MAE's scripts measure: one pass over the cut of the
             spec's size, inside it, empty cases left out.
         train: of survival, the studies that the model was trained on: they say how patients are censored. Without them, `data`.
-        modalities: subsets such as "t1,flair"; () for all that there are, which are fifteen of four sequences.
-        overlap: of windows. batch: windows per forward pass.
         report: folder for `index.html`, a table and a heat map on one page, and `scores.jsonl`, a line per study and subset; what
             stands there is not computed again by a run that goes on.
         out: file of records to append to.
         seed: of the bootstrap intervals, over studies.
+        batch: windows per forward pass.
+        modalities: subsets such as "t1,flair"; () for all that there are, which are fifteen of four sequences.
+        overlap: of windows, as a share of their side.
     Returns:
         A record per subset, region and metric.
     Raises:
         ValueError: a protocol that does not go with the model; no study has a segmentation, a label or a time.
     """
     protocol = resolve(protocol)
-    model: Any
-    model, sha256 = open_head(checkpoint) if isinstance(checkpoint, str) else (checkpoint, "")
+    model, name, sha256 = open_head(checkpoint)
     wanted: dict[str, Any] = {"segmentation": Segmenter, "classification": StudyClassifier, "survival": SurvivalHead}
     kind = "segmentation" if protocol.startswith("segmentation") else protocol.split("/")[1]
     if not isinstance(model, wanted[kind]):
         raise ValueError(f"protocol {protocol}: the checkpoint holds a {type(model).__name__}; expected a {wanted[kind].__name__}")
     if isinstance(data, str) and (Path(data) / "test").is_dir():
         data = str(Path(data) / "test")
-    source = open_source(data)
+    source = Gaps(open_source(data))
     subsets = [chosen(model.preprocess, text.split(","), "--modalities") for text in modalities] or subsets_of(model.modalities)
     if outside := [subset for subset in subsets if not set(subset) <= set(model.modalities)]:
         raise ValueError(f"--modalities {','.join(outside[0])}: the model was made for {', '.join(model.modalities)}")
     if out is not None and Path(out).exists():
         read_records(out)
     facts: dict[str, Any] = {
-        "model": checkpoint if isinstance(checkpoint, str) else model.backbone.architecture,
+        "model": name,
         "weights_sha256": sha256,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dataset": source.name,
@@ -154,10 +152,12 @@ def evaluate(
         if isinstance(model, Segmenter):
             about = {"overlap": overlap, "batch": batch}
             scores = segmentation_scores(model, source, subset, protocol, folder, {**facts, **about}, overlap, batch, say)
-            new = segmentation_records(scores, protocol, subset, about if "brats" in protocol else {}, facts)
+            settings = {**(about if "brats" in protocol else {}), **source.of(subset)}
+            new = segmentation_records(scores, protocol, subset, settings, facts)
         else:
             training = times(open_source(train)) if train is not None else None
             new = pooled_records(model, source, subset, training, facts, say)
+            new = [dataclasses.replace(record, settings={**record.settings, **source.of(subset)}) for record in new]
         for record in new:
             if out is not None:
                 write_record(out, record)
@@ -167,17 +167,34 @@ def evaluate(
         say(f"{'+'.join(subset)}: {shown}")
     if not records:
         raise ValueError(f"{source.name}: nothing could be measured; see the lines above")
+    if counts := source.of(model.modalities):
+        parts = [f"{part} in {count}" for part, count in counts.get("absent", {}).items()]
+        parts += [f"{counts['studies_left_out']} left out"] if "studies_left_out" in counts else []
+        say(f"of {len(source)} studies: {', '.join(parts)}")
     if folder is not None:
         from okavango.downstream.segmentation.page import render
 
-        page = render(folder / "index.html", rows, model.modalities, title=f"{facts['model']} on {source.name}", about=records[0])
+        first = records[0]
+        hidden = ("modalities", "region", "cases", "median")  # of one row alone
+        shown_facts = {
+            "protocol": protocol,
+            "dataset": first.dataset,
+            "command": first.command,
+            "created": first.created,
+            "seed of intervals": seed,
+            "settings": {key: value for key, value in first.settings.items() if key not in hidden},
+            "versions": first.versions,
+            "hardware": first.hardware,
+        }
+        title = f"{facts['model']} on {source.name}"
+        page = render(folder / "index.html", rows, model.modalities, title=title, protocol=protocol, facts=shown_facts)
         say(f"the page is {page}")
     return records
 
 
 def segmentation_scores(
     model: Segmenter,
-    source: Source,
+    source: Gaps,
     subset: Sequence[str],
     protocol: str,
     folder: Path | None,
@@ -199,8 +216,7 @@ def segmentation_scores(
             if entry["made_by"] == stamp:
                 known.setdefault((entry["subset"], entry["study"]), [metrics.Score.from_json(each) for each in entry["scores"]])
     name, found = "+".join(subset), []
-    ids = getattr(source, "ids", None) or [str(index) for index in range(len(source))]
-    for index, id in enumerate(ids):
+    for index, id in enumerate(source.ids):
         if (name, id) in known:
             found += known[name, id]
             continue
@@ -212,6 +228,7 @@ def segmentation_scores(
             scores = measure(model, sample, subset, overlap, batch)
         except BadSample as error:
             say(f"left out {error.id or id}: {error.reason}")
+            source.left_out.add(index)
             continue
         found += scores
         if path is not None:
@@ -294,7 +311,7 @@ def segmentation_records(
 
 def pooled_records(
     model: StudyHead,
-    source: Source,
+    source: Gaps,
     subset: Sequence[str],
     training: tuple[np.ndarray, np.ndarray] | None,
     facts: Mapping[str, Any],
@@ -304,9 +321,8 @@ def pooled_records(
     two, and accuracy. Survival: C-index and integrated Brier score. Intervals by resampling studies.
     """
     logits, kept = [], []
-    ids = getattr(source, "ids", None) or [str(index) for index in range(len(source))]
     preprocess = Preprocess({name: model.preprocess[name] for name in subset})
-    for index, id in enumerate(ids):
+    for index, id in enumerate(source.ids):
         try:
             sample = source[index]
             if lacking := [fact for fact in model.facts if sample.get(fact) is None]:
@@ -317,6 +333,7 @@ def pooled_records(
             kept.append([sample[fact] for fact in model.facts])
         except BadSample as error:
             say(f"left out {error.id or id}: {error.reason}")
+            source.left_out.add(index)
     if not kept:
         return []
     scores = torch.cat(logits)
@@ -403,18 +420,76 @@ def _record(
     )
 
 
-# -- predict ------------------------------------------------------------------------------------------------------------------
+class Gaps:
+    """A source that remembers what its studies lacked: sequences that are missing or torn, and the studies that were left out."""
+
+    def __init__(self, source: Source):
+        self.source, self.absent, self.left_out = source, dict[int, list[str]](), set[int]()
+        self.name, self.classes, self.labels, self.digest = source.name, source.classes, source.labels, source.digest
+        self.ids = getattr(source, "ids", None) or [str(index) for index in range(len(source))]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.source[index]
+        self.absent[index] = list(sample.get("absent", ()))
+        return sample
+
+    def of(self, subset: Sequence[str]) -> dict[str, Any]:
+        """Studies that lack something of a subset, for records: {"absent": {"t2 is torn": 1}, "studies_left_out": 2}."""
+        parts = sorted(part for parts in self.absent.values() for part in parts if part.partition(" is ")[0] in subset)
+        counts = {part: parts.count(part) for part in dict.fromkeys(parts)}
+        return {**({"absent": counts} if counts else {}), **({"studies_left_out": len(self.left_out)} if self.left_out else {})}
+
+
+# -- embed and predict --------------------------------------------------------------------------------------------------------
+
+
+def embed(
+    checkpoint: str | Backbone | Opened,
+    data: str | Source,
+    out: str | os.PathLike,
+    *,
+    batch: int = 1,
+    workers: int = 0,
+    modalities: str = "",
+    say: Say = print,
+) -> Path:
+    """Embed studies into a Parquet file, one row each, as `okavango.verbs.embed` does with pictures.
+
+    A vector is `Features.pooled` of the sequences that a study has. Studies that have none, or cannot be read, are named and left
+    out.
+
+    Args:
+        checkpoint: what `ok.load` takes, or a backbone; of a fine-tuned one, its backbone is used.
+        data: folder of studies, or a table of them.
+        out: a name that ends in .parquet.
+        batch: studies per forward pass, of one size. workers: processes that read them.
+        modalities: sequences that may be used, such as "t1,flair"; "" for all.
+    Raises:
+        ValueError: a sequence that the backbone does not know, none that the data have, or no study that can be read.
+    """
+    out = Path(out)
+    verbs.check_table(out)
+    model, name, _ = verbs.open_model(checkpoint)
+    wanted = chosen(model.preprocess, modalities.split(",") if modalities else (), "--modalities")
+    source = Prepared(open_source(data), Prepare(Preprocess({each: model.preprocess[each] for each in wanted})))
+    inputs = partial(stack, preprocess=model.preprocess, modalities=wanted)
+    embedded = extract_features(model, source, batch=batch, workers=workers, inputs=inputs)
+    about = {"model": name, "modalities": ",".join(wanted), "source_sha256": source.digest}
+    return verbs.write_table(out, embedded, about, say)
 
 
 def predict(
-    checkpoint: str | Segmenter | StudyHead,
+    checkpoint: str | Segmenter | StudyHead | Opened,
     data: str | Source,
     out: str | os.PathLike | None = None,
     *,
+    batch: int = 1,
     modalities: str = "",
     codes: str = "brats",
     overlap: float = 0.5,
-    batch: int = 1,
     pictures: bool = False,
     say: Say = print,
 ) -> list[tuple[str, Any]]:
@@ -423,15 +498,16 @@ def predict(
     Args:
         data: folder of studies, of one or many, or a table of them.
         out: folder for segmentations; a run that was killed goes on where it was.
+        batch: windows per forward pass.
         modalities: those that may be used, such as "t1,flair"; "" for all.
-        codes: convention of the label numbers that are written. overlap, batch: of windows.
+        codes: convention of the label numbers that are written. overlap: of windows, as a share of their side.
         pictures: also draw three planes of each study, ``ID.png``.
     Returns:
         (id, path of the segmentation), or (id, [(class, probability)]), or (id, [(time, share that survives)]).
     Raises:
         ValueError: segmentation without `out`, a folder that holds other predictions.
     """
-    model, sha256 = open_head(checkpoint) if isinstance(checkpoint, str) else (checkpoint, "")
+    model, name, sha256 = open_head(checkpoint)
     source, wanted = open_source(data), chosen(model.preprocess, modalities.split(",") if modalities else (), "--modalities")
     wanted = tuple(name for name in wanted if name in model.modalities)
     if codes not in REGIONS:
@@ -440,7 +516,7 @@ def predict(
     if isinstance(model, Segmenter):
         if out is None:
             raise ValueError("segmentations are files: give --out FOLDER")
-        made_by = {"model": checkpoint if isinstance(checkpoint, str) else model.backbone.architecture, "weights_sha256": sha256}
+        made_by = {"model": name, "weights_sha256": sha256}
         options: dict[str, Any] = {"modalities": wanted, "codes": codes, "overlap": overlap, "batch": batch, "say": say}
         for id, path in infer.predict_folder(model, source, out, made_by=made_by, **options):
             results.append((id, path))
@@ -596,7 +672,7 @@ def bundle(checkpoint: str, out: str | os.PathLike, *, modalities: str = "", say
     """
     from okavango.downstream.segmentation.bundle import export_bundle
 
-    model, _ = open_head(checkpoint)
+    model = open_head(checkpoint).model
     if not isinstance(model, Segmenter):
         raise ValueError(f"{checkpoint}: holds a {type(model).__name__}; bundles are made of segmenters")
     run = Path(checkpoint) / "export"

@@ -160,3 +160,18 @@ def test_a_scene_for_the_benchmark_has_a_network_that_takes_it(script, tmp_path)
     assert bands.values.shape == (4, 600, 600) and (bands.values[:, :85, :85] == 0).all() and (bands.values[:, 86:, 86:] > 0).all()
     model = load(str(tmp_path / "checkpoint"))
     assert model(**model.preprocess(image=bands)).pooled.shape == (1, 64)
+
+
+@pytest.mark.parametrize("part, count", [("step", 5), ("segmentation", 4), ("data", 5)])
+def test_every_part_on_scans_writes_records_and_a_page(part, count, script, monkeypatch, tmp_path):
+    module = script("mri")
+    monkeypatch.setattr(module, "fresh", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(module, "DATA", {"small": module.DATA["120x120x78 of 2 mm"]})
+    small = ["--count", "1", "--size", "16", "--shrink", "6"] if part == "data" else ["--quick", "--sizes", "64"]
+    records = module.main([part, "--repeats", "1", *small, "--out", str(tmp_path / "mri.jsonl")])
+    assert read_records(tmp_path / "mri.jsonl") == records and (tmp_path / "mri.html").exists()
+    assert len(records) == count * (1 if part == "data" else 2)
+    ours, *_ = records
+    assert ours.baseline == "okavango" and ours.value > 0 and "times as fast" in records[-1].notes
+    if part == "data":
+        assert ours.settings["greatest_difference"] < 0.01

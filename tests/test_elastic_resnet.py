@@ -424,18 +424,6 @@ def test_layers_and_their_ids_are_blocks_counted_over_all_stages():
     assert plain["trunk.bn1.bias"] == 0 and plain["trunk.layer3.0.bn1.bias"] == 4 and plain["trunk.layer4.0.conv3.weight"] == 6
 
 
-@given(st.integers(0, 60_000))
-@settings(max_examples=20, deadline=None)
-def test_the_largest_subnet_within_a_number_of_parameters(params):
-    fitting = [subnet for subnet in SHARED.list_subnets() if SHARED.count_parameters(subnet) <= params]
-    if not fitting:
-        with pytest.raises(ValueError, match="the smallest has"):
-            SHARED.fit_budget(params=params)
-        return
-    fit = SHARED.fit_budget(params=params)
-    assert fit.parameters == SHARED.count_parameters(fit.subnet) == max(map(SHARED.count_parameters, fitting))
-
-
 # -- published checkpoints ---------------------------------------------------------------------------------------------------
 
 

@@ -512,17 +512,3 @@ def test_hidden_tokens_are_those_of_the_enlarged_map():
     assert torch.equal(hidden_tokens(features, mask.flatten().nonzero().flatten(), (4, 6)), enlarged[mask])
     same = pixels(3, 6) > 0
     assert torch.equal(hidden_tokens(features, same.flatten().nonzero().flatten(), (2, 3)), tokens[same])
-
-
-# -- budgets -----------------------------------------------------------------------------------------------------------------
-
-
-def test_the_largest_subnet_within_a_number_of_parameters():
-    counts = sorted(map(SHARED.count_parameters, SHARED.list_subnets()))
-    for budget in (counts[0], counts[4], counts[-1] + 1):
-        fit = SHARED.fit_budget(params=budget)
-        assert fit.parameters == SHARED.count_parameters(fit.subnet) == max(count for count in counts if count <= budget)
-    with pytest.raises(ValueError, match="the smallest has"):
-        SHARED.fit_budget(params=counts[0] - 1)
-    fit = SHARED.fit_budget(latency_ms=1e6, repeats=1)
-    assert fit.subnet == SHARED.intact and 0 < fit.latency_ms < 1e6

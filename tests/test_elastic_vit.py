@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from okavango.models import elastic
 from okavango.models.backbone import create_model
 from okavango.models.elastic import add_residual, kept_blocks, layer_norm, linear, sampling_pool
 from okavango.models.elastic_vit import ElasticViT, LayerScale, interpolate_positions
@@ -428,49 +427,3 @@ def test_layer_ids_follow_the_blocks():
     assert ids["pos_embed"] == ids["patch_embed.proj.bias"] == 0 and ids["blocks.2.ls1.gamma"] == 3 and "norm.weight" not in ids
     plain = net.extract(Subnet(8, 2)).layer_ids()
     assert plain["trunk.pos_embed"] == 0 and plain["trunk.blocks.1.norm1.bias"] == 2 and "trunk.norm.weight" not in plain
-
-
-# -- budgets -----------------------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 40_000))
-@settings(max_examples=40, deadline=None)
-def test_the_largest_subnet_within_a_number_of_parameters(params):
-    net = SHARED
-    fitting = [subnet for subnet in net.list_subnets() if net.count_parameters(subnet) <= params]
-    if not fitting:
-        with pytest.raises(ValueError, match="the smallest has"):
-            net.fit_budget(params=params)
-        return
-    fit = net.fit_budget(params=params)
-    assert fit.parameters == net.count_parameters(fit.subnet) == max(map(net.count_parameters, fitting))
-    assert fit.latency_ms is None
-
-
-@pytest.mark.parametrize("budget", [0.5, 2.0, 3.3, 100.0])
-def test_the_largest_subnet_within_a_latency(monkeypatch, budget):
-    net, tried = build(max_depth=6), []
-
-    def latency(model, batch, repeats):
-        size = sum(parameter.numel() for parameter in model.parameters())
-        tried.append(size)
-        return size / 10_000
-
-    monkeypatch.setattr(elastic, "latency", latency)
-    fitting = [subnet for subnet in net.list_subnets() if net.count_parameters(subnet) <= budget * 10_000]
-    fit = net.fit_budget(latency_ms=budget)
-    assert fit.parameters == max(map(net.count_parameters, fitting)) and fit.latency_ms <= budget
-    assert {net.count_parameters(subnet) for subnet in fit.measured} == set(tried)
-    assert len(tried) == len(set(tried)) < len(net.list_subnets())
-    both = net.fit_budget(latency_ms=budget, params=9_000)
-    assert both.parameters <= 9_000 and both.latency_ms <= budget
-
-
-def test_a_latency_that_no_subnet_reaches():
-    net = build()
-    with pytest.raises(ValueError, match=r"no subnet takes at most 1e-06 ms.*the fastest measured, w\d+_d\d, takes"):
-        net.fit_budget(latency_ms=1e-6, repeats=1)
-    with pytest.raises(ValueError, match="give latency_ms=, params= or both"):
-        net.fit_budget()
-    fit = net.fit_budget(latency_ms=1e6, repeats=1)
-    assert fit.subnet == net.intact and 0 < fit.latency_ms < 1e6

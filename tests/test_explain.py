@@ -182,3 +182,86 @@ def test_grid_refuses_what_it_cannot_draw(tmp_path):
             explain.save_grid(tmp_path / "x.png", columns)
     with pytest.raises(explain.ExplainError, match="png"):
         explain.save_grid(tmp_path / "x.jpg", {"a": good})
+
+
+# -- windows ----------------------------------------------------------------------------------------------------------------
+
+
+def swin(seed=0):
+    net = create_model("elastic_swin_tiny").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if parameter.ndim == 1 or name.endswith("bias_table"):  # which all begin at 0 or 1
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return net
+
+
+def caught_input(block, model, images):
+    """What goes into a block."""
+    found = []
+    hook = block.register_forward_pre_hook(lambda _, args: found.append(args))
+    with torch.no_grad():
+        model(image=images)
+    hook.remove()
+    return found[0]
+
+
+def mixed(weights, normed, attn, heads):
+    """The output of an attention from its probabilities over the map; what is left of each row falls on padding."""
+    width = normed.shape[-1]
+    value = attn.qkv(normed).flatten(1, 2)[..., 2 * width :].unflatten(-1, (heads, -1))
+    padding = attn.qkv.bias[2 * width :].view(heads, -1)
+    rest = (1 - weights.sum(-1)).transpose(1, 2)[..., None]
+    out = torch.einsum("bhnm,bmhd->bnhd", weights, value) + rest * padding
+    return attn.proj(out.flatten(2)).view_as(normed)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+@pytest.mark.parametrize("layer", [0, 1, 3, -1])  # plain and shifted windows, and maps that fill none
+def test_swin_attention_mixes_the_values(size, layer):
+    net, images = swin(), torch.randn(2, 3, *size)
+    block = net.blocks[layer]
+    x, visible = caught_input(block, net, images)
+    weights = explain.attention(net, images, layer=layer)
+    cells = x.shape[1] * x.shape[2]
+    assert weights.shape == (2, block.attn.qkv.in_features // net.head_dim, cells, cells)
+    assert (weights.sum(-1) <= 1 + 1e-6).all()
+    with torch.no_grad():
+        normed = block.norm1(x)
+        torch.testing.assert_close(mixed(weights, normed, block.attn, weights.shape[1]), block._attend(normed, visible))
+    if not any(side % block.window for side in x.shape[1:3]):
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_swin_subnet_equals_the_extracted_model():
+    net, images = swin(), torch.randn(1, 3, 32, 32)
+    subnet = net.list_subnets()[0]
+    sliced = explain.attention(net, images, layer=2, subnet=subnet)
+    torch.testing.assert_close(sliced, explain.attention(net.extract(subnet), images, layer=2), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="this network has blocks"):
+        explain.attention(net, images, layer=sum(subnet.depth), subnet=subnet)
+    assert not any(block._forward_pre_hooks for block in net.blocks)
+
+
+@pytest.mark.parametrize("layer", [0, 1, -1])
+def test_timm_swin_attention_mixes_the_values(layer):
+    model = create_model("timm/swin_tiny_patch4_window7_224", image_size=64)
+    images = torch.randn(1, 3, 64, 64)
+    blocks = [block for stage in model.trunk.layers for block in stage.blocks]
+    (x,) = caught_input(blocks[layer], model, images)
+    weights = explain.attention(model, images, layer=layer)
+    with torch.no_grad():
+        normed = blocks[layer].norm1(x)
+        expected = blocks[layer]._attn(normed)
+        torch.testing.assert_close(mixed(weights, normed, blocks[layer].attn, weights.shape[1]), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(explain.ExplainError, match="no subnets"):
+        explain.attention(model, images, subnet=Subnet(1, 1))
+
+
+def test_without_a_class_token_maps_are_the_mean_over_the_cells():
+    net, images = swin(), torch.randn(2, 3, 24, 40)
+    full, maps = explain.attention(net, images, layer=0), explain.attention(net, images, layer=0, class_maps=True)
+    assert maps.shape == (2, full.shape[1], 12, 20)
+    torch.testing.assert_close(maps.flatten(2), full.mean(2))
+    assert explain.attention(net, images, class_maps=True).shape[2:] == (2, 3)

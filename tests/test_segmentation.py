@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from okavango import volume_verbs
 from okavango.cli import main
+from okavango.data.loading import Batches
 from okavango.data.sources import BadSample
 from okavango.data.studies import Prepare, Studies, read_scan, write_scan
 from okavango.downstream.segmentation import infer, metrics
@@ -161,7 +162,10 @@ def test_parts_that_are_trained():
     assert {group["wd_mult"] for group in decayed} == {1.0}
 
 
-@pytest.mark.parametrize("name, small", [("SegResNet", {"init_filters": 8}), ("DynUNet", {"levels": 3, "filters": 4})])
+@pytest.mark.parametrize(
+    "name, small",
+    [("SegResNet", {"init_filters": 8}), ("DynUNet", {"levels": 3, "filters": 4})],
+)
 def test_networks_of_monai(name, small, tmp_path):
     torch.manual_seed(0)
     backbone = create_model(f"monai/{name}", modalities=("t1", "flair"), size=16, **PLAIN, **small)
@@ -177,6 +181,19 @@ def test_networks_of_monai(name, small, tmp_path):
     assert torch.equal(again(given).maps[0], backbone.eval()(given).maps[0])
     with pytest.raises(ValueError, match="no tokens to hide"):
         again(given, layers=(0,))
+
+
+def test_swin_unetr_of_monai(tmp_path):
+    torch.manual_seed(0)
+    backbone = create_model("monai/SwinUNETR", modalities=("t1", "flair"), size=64, **PLAIN, feature_size=12).eval()
+    given = volumes(side=40)  # filled up to 64 voxels, the fewest that it takes
+    with torch.no_grad():
+        found = backbone(given).maps[0]
+    assert found.shape == (1, 12, *given["t1"].shape[-3:]) and backbone.feature_info.channels == 12
+    save_checkpoint(backbone, tmp_path / "m")
+    again, _ = load_checkpoint(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(again(given).maps[0], found)
 
 
 def test_names_of_networks():
@@ -454,6 +471,27 @@ def test_every_subset_in_one_command(folder, tmp_path, monkeypatch):
     asked = {"protocol": "segmentation/reference", "modalities": ("t2f",), "say": lambda line: None}
     (one, *_) = volume_verbs.evaluate(model, data=str(folder), **asked)
     assert one.protocol == "segmentation/reference/v1" and one.settings["modalities"] == ["flair"]
+
+
+@pytest.mark.filterwarnings("ignore:study p2")
+def test_what_studies_lack_is_counted(folder):
+    (folder / "p1_flair.nii.gz").unlink()
+    torn = folder / "p2_flair.nii.gz"
+    torn.write_bytes(torn.read_bytes()[:200])
+    lines: list[str] = []
+    records = volume_verbs.evaluate(bright(), data=str(folder), modalities=("t1,flair", "t1", "flair"), say=lines.append)
+    assert lines[-1] == "of 2 studies: flair is missing in 1, flair is torn in 1, 2 left out"
+    by = {tuple(record.settings["modalities"]): record.settings for record in records}
+    assert by["t1", "flair"]["absent"] == {"flair is missing": 1, "flair is torn": 1}
+    assert "absent" not in by["t1",] and by["t1",].get("studies_left_out") is None and ("flair",) not in by
+
+
+def test_what_samples_lack_is_counted_by_the_loader():
+    samples = [{"id": "a", "absent": ["t2 is missing"]}, {"id": "b"}]
+
+    batches = Batches(samples, lambda sample, seed: sample, lambda samples, seed: {}, batch=2, seed=0)
+    assert batches[0, 0] == {"bad": [], "absent": ["t2 is missing"]}
+    assert Batches(samples[1:], lambda sample, seed: sample, lambda samples, seed: {}, batch=1, seed=0)[0, 0] == {"bad": []}
 
 
 def test_what_is_written_is_what_is_measured(folder, tmp_path):

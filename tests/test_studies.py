@@ -299,6 +299,7 @@ def test_missing_and_torn_sequences_are_absent_or_bad_as_the_user_says(tmp_path)
     with pytest.raises(BadSample, match="y: y_flair.nii.gz cannot be read"):
         bad[1]
     assert bad[2]["present"] == NAMES
+    assert absent[0]["absent"] == ["t2 is missing"] and "absent" not in absent[2]
     with pytest.raises(ValueError, match="missing 'maybe'"):
         Studies(tmp_path, missing="maybe")
 

@@ -16,6 +16,7 @@ from okavango.cli import main
 from okavango.data.labels import LabelSets, read_label_sets
 from okavango.data.sources import Arrays
 from okavango.models.backbone import create_model
+from okavango.models.features import Subnet
 from okavango.models.preprocess import Raster
 from okavango.models.raster import Bands
 from okavango.zoo.checkpoint import save_checkpoint
@@ -122,8 +123,8 @@ def test_what_features_depend_on_is_in_their_name(network):
         dataclasses.replace(row, contract=contract.replace("image", scale=2.0)),
     ]
     assert len({row.key("data"), row.key("others"), *(each.key("data") for each in other)}) == 4
-    one = study.checkpoint_encoder(network)
-    assert one.identity == study.checkpoint_encoder(network).identity != study.baseline_encoder("rcf", 0).identity
+    (one,), (again,) = study.checkpoint_encoders(network), study.checkpoint_encoders(network)
+    assert one.identity == again.identity != study.baseline_encoder("rcf", 0).identity
 
 
 def bands(count=12, seed=0):
@@ -245,6 +246,28 @@ def test_weights_that_cannot_be_had_are_said(data, tmp_path):
     said = []
     encoders = list(study.all_encoders((), "timm/test_resnet.no_such_tag", (0,), said.append))
     assert [each.baseline for each in encoders] == ["no network"] * 3 + ["untrained"] and "left out" in said[0]
+
+
+def test_every_subnet_is_a_row(data, network, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 8, "min_width": 8, "max_width": 16, "width_step": 8, "head_dim": 8}
+    net = create_model("elastic_vit", **sizes, min_depth=1, max_depth=2).eval()
+    whole, cut = str(save_checkpoint(net, tmp_path / "net")), str(save_checkpoint(net.extract(Subnet(8, 1)), tmp_path / "cut"))
+    asked = options(network, sizes=(0,), normalisations=("divide",), protocols=("knn-5",))
+    said = []
+    records = study.run_study(data, out=tmp_path / "r.jsonl", checkpoints=(f"{whole}@all", cut), **{**asked, "say": said.append})
+    rows = {record.subnet: record for record in records if record.model == whole}
+    assert set(rows) == set(map(str, net.list_subnets()))
+    assert all(record.parameters == net.count_parameters(Subnet.parse(name)) for name, record in rows.items())
+    (alone,) = [record for record in records if record.model == cut]
+    assert (alone.value, alone.interval, alone.subnet) == (rows["w8_d1"].value, rows["w8_d1"].interval, "")
+    assert any("net · rgb · 16 px · divide w8_d1, knn-5/v1" in line for line in said)
+    again = study.run_study(data, out=tmp_path / "r.jsonl", checkpoints=(f"{whole}@w8_d1", f"{whole}@w16_d2"), **asked)
+    assert again == []
+    (intact,) = study.run_study(data, out=tmp_path / "r.jsonl", checkpoints=(whole,), **asked)
+    assert intact.subnet == "" and intact.value == rows["w16_d2"].value
+    with pytest.raises(ValueError, match="widths are 8, 16"):
+        study.run_study(data, out=tmp_path / "r.jsonl", checkpoints=(f"{whole}@w9_d1",), **asked)
 
 
 def test_paired_differences(data, network, tmp_path):

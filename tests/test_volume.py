@@ -186,6 +186,21 @@ def test_spacing_equals_monais(spacing, mode):
     np.testing.assert_allclose(geometry.placed(), want.affine, atol=1e-6)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, 40)] * 3),
+    have=st.tuples(*[st.sampled_from([0.5, 1.0, 1.25, 1.5, 2.0, 3.0, 0.9, 1.1])] * 3),
+    wanted=st.tuples(*[st.sampled_from([0.5, 1.0, 2.0, 4.0, 1.3])] * 3),
+)
+def test_sides_after_spacing_equal_monais(shape, have, wanted):
+    """Halves of a voxel too: 4 voxels of 1 mm are 2.5 of 2 mm."""
+    from monai.data.utils import compute_shape_offset
+
+    want, _ = compute_shape_offset(shape, np.diag([*have, 1.0]), np.diag([*wanted, 1.0]))
+    _, geometry = placed(plain(rule="none", spacing=wanted), Scan(np.ones(shape, np.float32), np.diag([*have, 1.0])))
+    assert geometry.size == tuple(want)
+
+
 def test_an_array_without_filter_of_equal_spacing_is_left_alone():
     values = noise(4, 5, 6)
     got, geometry = placed(plain(rule="none", spacing=(1, 2, 3)), Scan(values, spacing=(1.0001, 2.0, 3.0)))

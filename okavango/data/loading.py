@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,8 @@ class Batches(Dataset):
         return range(first, first + size)
 
     def __getitem__(self, where: tuple[int, int]) -> dict:
-        """The collated batch, with the extra key "bad": [(id, reason), ...] of samples that were replaced.
+        """The collated batch, with the extra key "bad": [(id, reason), ...] of samples that were replaced; and "absent", what
+        samples that count nevertheless say under that name of parts that they lack, in one list, where there are any.
 
         Raises:
             DataError: no substitute could be read either.
@@ -128,8 +129,9 @@ class Batches(Dataset):
         step, micro = where
         bad: list[tuple[str, str]] = []
         samples = [self._load(position, bad) for position in self.positions(step, micro)]
+        absent = [part for sample in samples if isinstance(sample, Mapping) for part in sample.get("absent", ())]
         batch = self.collate(samples, seed=derive(self.seed, step, self.rank, micro))
-        return {**batch, "bad": bad}
+        return {**batch, "bad": bad, **({"absent": absent} if absent else {})}
 
     def _load(self, position: int, bad: list[tuple[str, str]]) -> Any:
         epoch, index = self.order[position]

@@ -223,9 +223,12 @@ class ImageFolder(_Manifest):
         return decode(data, id, self.max_side)
 
     def _sizes(self) -> Iterable[object]:
-        for id in self.ids:
-            path = self.root / id
-            yield path.stat().st_size if path.exists() else "missing"
+        root = os.fspath(self.root)
+        for id in self.ids:  # plain strings: a million Path objects would take longer than the files
+            try:
+                yield os.stat(os.path.join(root, id)).st_size
+            except OSError:
+                yield "missing"
 
 
 class Patches(_Manifest):
@@ -525,9 +528,11 @@ def _pictures(root: Path) -> Iterator[str]:
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        inside = Path(folder).relative_to(root).as_posix()
+        prefix = "" if inside == "." else f"{inside}/"
         for name in files:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield (Path(folder) / name).relative_to(root).as_posix()
+                yield prefix + name
 
 
 def _number(names: list[str], order: tuple[str, ...] = ()) -> tuple[tuple[str, ...], np.ndarray]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from okavango.data.sources import BadSample, Part, Source
+from okavango.files import write_json
 from okavango.models.preprocess import Normalise
 from okavango.models.raster import Bands
 
@@ -111,9 +112,7 @@ def save(statistics: Statistics, path: str | os.PathLike) -> Path:
     """Write them as JSON, the file whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(statistics.to_json(), indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_json(path, statistics.to_json())
     return path
 
 

@@ -17,6 +17,7 @@ from okavango.doctor.checks import Finding, Severity, examine
 from okavango.doctor.seen import Seen, chosen, look, steps
 from okavango.doctor.trials import NEIGHBOURS, Candidate, Trial, compare
 from okavango.downstream.classification.features import image_modality
+from okavango.files import write_json
 from okavango.models import expectations
 from okavango.models.backbone import Backbone
 from okavango.models.preprocess import Preprocess, Raster, Resize
@@ -182,10 +183,11 @@ def preprocess_check(
         from okavango.doctor.page import render
 
         page = render(report, Path(out) / "index.html")
-        _write_json(Path(out) / "report.json", report.to_json())
+        write_json(Path(out) / "report.json", report.to_json(), default=float)
         say(f"the page is {page}")
     if suggestion is not None:
-        _write_json(Path(suggestion), report.suggested.to_json())
+        Path(suggestion).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(suggestion), report.suggested.to_json(), default=float)
         say(f"the suggested contract is {os.fspath(suggestion)}")
     return report
 
@@ -277,8 +279,8 @@ def _opened(checkpoint: str | Backbone | Preprocess) -> tuple[Backbone | None, P
     name, _, variant = checkpoint.partition(":") if isinstance(checkpoint, str) else ("", "", "")
     if name in expectations.CHECKPOINTS and not Path(name).exists():
         return None, expectations.checkpoint(name, variant), str(checkpoint)
-    model = open_model(checkpoint)[0] if isinstance(checkpoint, str) else checkpoint
-    return model, model.preprocess, checkpoint if isinstance(checkpoint, str) else model.architecture
+    model, name, _ = open_model(checkpoint)
+    return model, model.preprocess, name
 
 
 def _reference(given: str | os.PathLike | Statistics | None, preprocess: Preprocess, modality: str) -> Statistics | None:
@@ -305,8 +307,3 @@ def _unmeasured(model: Backbone | None, seen: Seen) -> str:
     if len(set(labels[seen.indices].tolist())) < 2 or len(seen.indices) < 10:
         return "the sample has too few pictures or a single class"
     return ""
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, default=float) + "\n", encoding="utf-8")

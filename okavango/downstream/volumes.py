@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from okavango.data.sources import BadSample, Source
 from okavango.data.studies import Augment, Prepare, Prepared
-from okavango.downstream.classification.head import layer_groups
+from okavango.downstream.head import BackboneHead
 from okavango.models.backbone import Backbone
 from okavango.models.preprocess import Preprocess, Volume
 from okavango.models.volume import Window
@@ -147,16 +147,14 @@ def stack(
     return batch
 
 
-class StudyObjective(nn.Module):
+class StudyObjective(BackboneHead):
     """Base of the objectives on studies: everything of the contract but the loss, see "Objective" in the documentation.
 
     A subclass sets `seg` and `facts`, has `backbone` among its parts, and writes `forward`, `head_config` and `exports`.
 
     Args:
         modalities: sequences that are used, () for all of the backbone's.
-        frozen: the backbone stays as it is, in eval mode.
-        layer_decay: the learning rate of block i is multiplied by ``layer_decay ** (blocks + 1 - i)``.
-        decay_vectors: weight decay also on biases, norms and scales, as the published recipes have it.
+        frozen, layer_decay, decay_vectors: see `BackboneHead`; the published recipes have `decay_vectors`.
         drop: see `stack`, in training. crop: see `StudyTransform`.
         flip, scale, shift: see `okavango.data.studies.Augment`.
         cache: folder of prepared studies, see `okavango.data.studies.Prepared`; "" for none.
@@ -164,7 +162,6 @@ class StudyObjective(nn.Module):
         ValueError: a setting out of range, an unknown modality.
     """
 
-    backbone_prefix = "backbone."
     seg: Literal["regions", "labels", "none"] = "none"
     facts: tuple[str, ...] = ()
     top_label = 0
@@ -184,37 +181,19 @@ class StudyObjective(nn.Module):
         shift: float = 0.1,
         cache: str = "",
     ):
-        super().__init__()
-        if not 0 < layer_decay <= 1:
-            raise ValueError(f"layer_decay={layer_decay}; expected above 0, at most 1")
+        super().__init__(backbone, frozen=frozen, layer_decay=layer_decay, decay_vectors=decay_vectors)
         if crop not in ("centre", "random"):
             raise ValueError(f"crop={crop!r}; expected 'centre' or 'random'")
         for name, share in {"drop": drop, "flip": flip}.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}={share}; expected a probability, 0..1")
         self.modalities = chosen(backbone.preprocess, modalities)
-        self.frozen, self.layer_decay, self.decay_vectors, self.drop, self.crop = frozen, layer_decay, decay_vectors, drop, crop
-        self.flip, self.scale, self.shift, self.cache = flip, scale, shift, cache
-        self.backbone = backbone
-        if frozen:
-            backbone.requires_grad_(False)
+        self.drop, self.crop, self.flip, self.scale, self.shift, self.cache = drop, crop, flip, scale, shift, cache
 
     def arguments(self) -> dict[str, Any]:
         """Those of this class, for `head_config`; the cache belongs to the machine."""
         names = ("frozen", "layer_decay", "decay_vectors", "drop", "crop", "flip", "scale", "shift")
         return {"modalities": list(self.modalities), **{name: getattr(self, name) for name in names}}
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """The backbone's own."""
-        return self.backbone.preprocess
-
-    def train(self, mode: bool = True) -> StudyObjective:
-        """Training mode for what is trained: a frozen backbone stays in eval mode."""
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
-        return self
 
     def _prepare(self, preprocess: Preprocess) -> Prepare:
         wanted = Preprocess({name: preprocess[name] for name in self.modalities})
@@ -237,14 +216,3 @@ class StudyObjective(nn.Module):
             values = [sample[fact] for sample in samples]
             batch[fact] = torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values)
         return batch
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Trained parameters by layer and kind, from the embedding to the head; see the contract."""
-        return layer_groups(self, self.backbone, self.layer_decay, decay_vectors=self.decay_vectors)
-
-    def clip_groups(self) -> list[list[nn.Parameter]]:
-        """The gradient norm is taken over everything that is trained."""
-        return [[parameter for parameter in self.parameters() if parameter.requires_grad]]
-
-    def after_step(self, step: int) -> None:
-        """Nothing to follow: there is no teacher."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,10 +127,11 @@ class Elastic(Protocol):
 
 
 @torch.inference_mode()
-def latency(model: Backbone, batch: int = 1, repeats: int = 15) -> float:
+def latency(model: Backbone, batch: int = 1, repeats: int = 15, seconds: float = 0.25) -> float:
     """Median milliseconds of a forward pass on zeros of the trained input size, where the model lies, with torch's threads.
 
-    All modalities that come as arrays are given.
+    All modalities that come as arrays are given. Passes are as many as `seconds` hold, at least `repeats`: a few passes of a small
+    network say more of what else the machine did in these milliseconds than of the network.
     """
     parameter = next(model.parameters())
     arrays = {name: spec for name, spec in model.preprocess.items() if not isinstance(spec, Text)}
@@ -137,14 +139,14 @@ def latency(model: Backbone, batch: int = 1, repeats: int = 15) -> float:
         name: torch.zeros(batch, len(spec.channels), *spec.size, device=parameter.device, dtype=parameter.dtype)
         for name, spec in arrays.items()
     }
-    times = []
-    for _ in range(3 + repeats):  # the first ones are for caches
+    times: list[float] = []
+    while len(times) < 3 + repeats or sum(times) < seconds:
         start = time.perf_counter()
         model(inputs)
         if parameter.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return 1000 * sorted(times[3:])[repeats // 2]
+    return 1000 * statistics.median(times[3:])  # the first ones are for caches
 
 
 def resolve_layers(layers: Sequence[int], count: int) -> tuple[int, ...]:

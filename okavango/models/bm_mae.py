@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from okavango.models.backbone import ArgumentError, Backbone, FeatureInfo, register, resolve_layers
+from okavango.models.dropout import attention, dropout
 from okavango.models.features import Features, Layer
 from okavango.models.preprocess import Normalise, Preprocess, Resize, Volume
 
@@ -179,10 +180,8 @@ class Attention(nn.Module):
         parts = qkv.split([rows for rows, _ in groups]) if len(groups) > 1 else [qkv]
         mixed = []
         for part, (_, length) in zip(parts, groups, strict=True):
-            queries, keys, values = part.unflatten(0, (-1, length)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            out = F.scaled_dot_product_attention(queries, keys, values, dropout_p=rate)
-            mixed.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
-        return F.dropout(self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed)), self.dropout, self.training)
+            mixed.append(attention(part.unflatten(0, (-1, length)).unflatten(2, (3, self.num_heads, -1)), rate).flatten(0, 1))
+        return dropout(self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed)), self.dropout, self.training)
 
 
 class Mlp(nn.Module):
@@ -195,8 +194,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
-        return F.dropout(self.fc2(x), self.dropout, self.training)
+        x = dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        return dropout(self.fc2(x), self.dropout, self.training)
 
 
 class Block(nn.Module):

@@ -228,7 +228,8 @@ class Supernet(Backbone):
 
         Args:
             latency_ms: milliseconds per forward pass of `batch` images at the training size, by the stand-alone model, with the
-                threads that torch has now; the median of `repeats` passes counts.
+                threads that torch has now; the median of `repeats` passes or more counts, as
+                `okavango.models.backbone.latency` has it.
             params: parameters of the stand-alone model.
         Raises:
             ValueError: no budget given, or no subnet meets it; the message says what the smallest one needs.

@@ -56,6 +56,21 @@ def join_windows(x: Tensor, window: int, height: int, width: int) -> Tensor:
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
+def windows_on_map(weights: Tensor, cells: Tensor, count: int) -> Tensor:
+    """Attention within windows as attention between all cells of a map.
+
+    Args:
+        weights: (B, windows, heads, c, c).
+        cells: int64 (windows, c), which of the map's cells, from 1, each of a window's is; 0 for none.
+        count: cells of the map.
+    Returns:
+        (B, heads, count, count), 0 between cells of different windows.
+    """
+    whole = weights.new_zeros(len(weights), weights.shape[2], count + 1, count + 1)
+    whole[:, :, cells[:, :, None], cells[:, None, :]] = weights.transpose(1, 2)
+    return whole[:, :, 1:, 1:]
+
+
 def same_part(height: int, width: int, window: int, device: torch.device) -> Tensor:
     """Which cells of a window may look at each other when the map has been rolled by half a window.
 
@@ -96,18 +111,29 @@ class WindowAttention(Sliced):
         Args:
             visible: bool (windows, cells, cells), see `same_part`; None where all cells of a window see each other.
         """
+        query, key, value, bias = self._parts(x, visible)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        windows, _, width = x.shape[1:]
+        mixed = mixed.unflatten(1, (windows, width // self.head_dim)).transpose(2, 3).flatten(3)
+        return linear(mixed, self.proj, width, rescale=self.rescale)
+
+    def _parts(self, x: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key and value (B, windows * heads, cells, head_dim), and what is added to their products."""
         windows, cells, width = x.shape[1:]
         heads = width // self.head_dim
         qkv = linear(x, self.qkv, width, groups=3, rescale=self.rescale).unflatten(-1, (3, heads, self.head_dim))
-        query, key, value = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)  # (B, windows * heads, cells, head_dim)
+        query, key, value = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)
         bias = self.relative_position_bias_table[:, :heads][self.relative_position_index].permute(2, 0, 1)
         bias = bias.expand(windows, heads, cells, cells)
         if visible is not None:
             bias = bias.masked_fill(~visible[:, None], -torch.inf)
-        bias = bias.flatten(0, 1)[None].to(query.dtype)  # windows stand with the heads, so that the batch needs no copies of it
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        mixed = mixed.unflatten(1, (windows, heads)).transpose(2, 3).flatten(3)
-        return linear(mixed, self.proj, width, rescale=self.rescale)
+        # windows stand with the heads, so that the batch needs no copies of the bias
+        return query, key, value, bias.flatten(0, 1)[None].to(query.dtype)
+
+    def weights(self, x: Tensor, visible: Tensor | None) -> Tensor:
+        """What `forward` mixes the values by: (B, windows, heads, cells, cells), rows sum to 1."""
+        query, key, _, bias = self._parts(x, visible)
+        return (query @ key.transpose(-1, -2) * self.head_dim**-0.5 + bias).softmax(-1).unflatten(1, (x.shape[1], -1))
 
 
 class Block(nn.Module):
@@ -122,13 +148,30 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, round(width * mlp_ratio))
 
-    def _attend(self, x: Tensor, visible: Tensor) -> Tensor:
+    def _windows(self, x: Tensor) -> tuple[Tensor, int, int]:
+        """A map as its windows, and the sides of the padded map."""
         height, width = x.shape[1:3]
         x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))  # zeros, which are looked at like other cells
         rows, columns = x.shape[1:3]
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
-        x = self.attn(split_windows(x, self.window), visible if self.shift else None)
+        return split_windows(x, self.window), rows, columns
+
+    def attention_weights(self, x: Tensor, visible: Tensor) -> Tensor:
+        """(B, H, W, D) into the block -> who looks at whom on the map, (B, heads, H * W, H * W), 0 between windows.
+
+        Rows sum to 1, less what falls on the zeros that pad the map to whole windows.
+        """
+        weights = self.attn.weights(self._windows(layer_norm(x, self.norm1))[0], visible if self.shift else None)
+        count = x.shape[1] * x.shape[2]
+        numbers = torch.arange(1, count + 1, device=x.device).view(1, *x.shape[1:3], 1)
+        cells = self._windows(numbers)[0][0, :, :, 0]  # 0 where the map is padded
+        return windows_on_map(weights, cells, count)
+
+    def _attend(self, x: Tensor, visible: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        windows, rows, columns = self._windows(x)
+        x = self.attn(windows, visible if self.shift else None)
         x = join_windows(x, self.window, rows, columns)
         if self.shift:
             x = x.roll((self.shift, self.shift), (1, 2))
@@ -228,6 +271,19 @@ class _Hierarchy(Backbone):
     def _embed(self, images: Tensor, width: int) -> Tensor:
         image_grid(images, self.patch_size, "patch size")
         return self.patch_embed(images, width)
+
+    def attention_weights(self, inputs, layer: int = -1, subnet: Subnet | None = None) -> Tensor:
+        """Attention probabilities (B, heads, N, N) of one active block over its map; see `Block.attention_weights`."""
+        caught: list[tuple[Block, tuple]] = []
+        hooks = [block.register_forward_pre_hook(lambda block, args: caught.append((block, args))) for block in self.blocks]
+        try:
+            self(inputs, subnet=subnet)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        (layer,) = resolve_layers([layer], len(caught))
+        block, (x, visible) = caught[layer]
+        return block.attention_weights(x, visible)
 
     def _run(self, x: Tensor, kept: Sequence[Sequence[int]], layers: Sequence[int]) -> Features:
         """Patches (B, H, W, width) through the kept blocks of each stage."""

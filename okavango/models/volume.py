@@ -326,7 +326,8 @@ def _spaced(grid: Grid, have: Sequence[float] | None, wanted: Sequence[float] | 
     ratios = [w / h if abs(w / h - 1) > _SAME_SPACING else 1.0 for h, w in zip(have, wanted, strict=True)]
     if ratios == [1, 1, 1]:
         return ()
-    after = tuple(round((side - 1) / ratio) + 1 for side, ratio in zip(grid, ratios, strict=True))
+    # with the 1 inside, as MONAI has it: a half goes to the even number
+    after = tuple(round((side - 1) / ratio + 1) for side, ratio in zip(grid, ratios, strict=True))
     return (Resample(grid, after, tuple(ratios), (0.0, 0.0, 0.0)),)  # type: ignore[arg-type]
 
 

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from okavango.data.loading import Batches, batch_loader, derive
 from okavango.data.sources import Source
+from okavango.files import write_json
 from okavango.models.features import to_device
 from okavango.models.preprocess import Preprocess
 from okavango.pretrain import collectives, state
@@ -161,7 +163,7 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
     log = _Log(out, recipe, accelerator, start)
     if start == 0:
         _preflight(objective, batches.source, out, run, say)
-    clock, bad_seen = _Clock(), 0
+    clock, bad_seen, absent = _Clock(), 0, Counter[str]()
     steps = start if best.over else run.steps
     loader = ending.enter_context(closing(_batches(objective, source, batches, start, steps, run.workers)))
     objective.train()
@@ -172,6 +174,7 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
         for name, reason in bad:
             say(f"bad sample {name} at step {step}: {reason}; another one stands in")
         bad_seen += len(bad)
+        absent.update(batch.pop("absent", ()))
         batch = to_device(batch, device)
         last = micro == run.accumulate - 1
         no_sync = nullcontext if last else getattr(model, "no_sync", nullcontext)
@@ -208,7 +211,7 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
         if done == 1:
             _first_step(say)
         if main and step == start:  # settings that may change when a run is resumed stand there as they are now
-            state.write_json(out / "recipe.json", dataclasses.asdict(recipe))
+            write_json(out / "recipe.json", dataclasses.asdict(recipe))
         if evaluators and run.eval_every and done % run.eval_every == 0 and (done < run.steps or run.patience):
             with clock.paused(), average.applied() if run.patience else nullcontext():
                 results = _evaluate(_whole(objective, template, main), evaluators, main)
@@ -224,6 +227,9 @@ def _train(objective, source, recipe, out, preprocess, accelerator, evaluators, 
         if stopping and done < run.steps:
             say(f"stopped at step {done} of {run.steps}; the same command goes on from there")
             break
+    if absent:
+        counts = ", ".join(f"{part} in {count}" for part, count in sorted(absent.items()))
+        say(f"of {(done - start) * run.batch // world} samples that were seen: {counts}")
     if done == run.steps or best.over:
         if best.step:
             say(f"the weights of step {best.step} are exported, the best ones")
@@ -620,7 +626,7 @@ def _save_for_replay(out: Path, objective, batch, step: int, micro: int, rank: i
     shown = {name: float(_full(value.detach())) for name, value in values.items()}
     seed = derive(recipe.run.seed, "model", step, rank, micro)
     where = {"step": step, "micro": micro, "rank": rank, "seed": seed}
-    state.write_json(folder / "meta.json", {**where, "values": {name: str(value) for name, value in shown.items()}})
+    write_json(folder / "meta.json", {**where, "values": {name: str(value) for name, value in shown.items()}})
     bad = ", ".join(name for name, value in shown.items() if not math.isfinite(value)) or "another process"
     raise RunError(
         f"step {step}: not finite: {bad}; batch, weights and seed are in {folder} "

@@ -6,7 +6,7 @@ Durations are fractions of the run, so that `--steps` alone makes a run shorter 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -202,6 +202,12 @@ class Recipe:
             )
 
 
+def own_arguments(recipe: Recipe, before: Recipe) -> Recipe:
+    """A recipe that was changed, without `model_args` that were meant for the architecture that it had before."""
+    foreign = recipe.model != before.model and recipe.model_args == before.model_args
+    return replace(recipe, model_args={}) if foreign else recipe
+
+
 @dataclass(frozen=True, kw_only=True)
 class POASettings:
     """Elastic self-distillation (POA, arXiv 2408.01031); with `elastic` off it is DINOv2: DINO + iBOT + KoLeo."""
@@ -334,11 +340,17 @@ class BMMAESettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BMMAERecipe(Recipe):
-    """A recipe of masked autoencoding of scans."""
+class ScanRecipe(Recipe):
+    """A recipe on studies of scans."""
 
     data: str = ""
     """folder of NIfTI studies, a table of them, samples/brain ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BMMAERecipe(ScanRecipe):
+    """A recipe of masked autoencoding of scans."""
+
     model: str = "bm_mae"
     """architecture"""
     objective: BMMAESettings = field(default_factory=BMMAESettings)

@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from okavango.files import write_json
 from okavango.zoo.checkpoint import sha256_now, sync
 
 FORMAT_VERSION = 1
@@ -35,14 +36,6 @@ class State:
     def tensors(self, part: str) -> dict[str, Tensor]:
         """The tensors of one part ("objective", "optimiser", "ema", "best"), on the CPU."""
         return load_file(self.folder / f"{part}.safetensors")
-
-
-def write_json(path: Path, value) -> None:
-    """Write JSON beside the target, flush it, and rename it into place."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    sync(aside)
-    aside.replace(path)
 
 
 def save_state(root: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], meta: dict, keep: int = 2) -> Path:

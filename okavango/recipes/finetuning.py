@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from okavango.downstream.retrieval.views import Views
-from okavango.pretrain.settings import Optim, Recipe, Run, require
+from okavango.pretrain.settings import Optim, Recipe, Run, ScanRecipe, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,11 +388,9 @@ class SurvivalSettings(StudySettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyRecipe(Recipe):
-    """A recipe on studies of scans; `start` names the checkpoint, whose architecture is used when `model` is empty."""
+class StudyRecipe(ScanRecipe):
+    """A recipe of a head on studies; `start` names the checkpoint, whose architecture is used when `model` is empty."""
 
-    data: str = ""
-    """folder of NIfTI studies, a table of them, samples/brain ..."""
     model: str = ""
     """architecture, "" for that of the checkpoint, of which `model_args` change arguments then; monai/SegResNet and others"""
 

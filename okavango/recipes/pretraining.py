@@ -100,7 +100,7 @@ def poa_fashion() -> PretrainRecipe:
             ),
         ),
         optim=Optim(lr=0.003, lr_batch=256, lr_end=1e-5, warmup=0.05, clip=3.0),
-        run=Run(steps=4500, batch=64, save_every=250, eval_every=250, workers=1, trackers=()),
+        run=Run(steps=16_000, batch=64, save_every=500, eval_every=500, workers=1, trackers=()),
     )
 
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from okavango.files import write_json
 from okavango.models.backbone import Backbone, create_model
 from okavango.models.features import Features, Subnet, TextBatch
 from okavango.models.preprocess import Preprocess, Text
@@ -449,10 +450,10 @@ def save_checkpoint(
                 "dtype": "+".join(floats),
             }
             (staging / CARD).write_text(render_card({"title": folder.name, **(card or {})}, config), encoding="utf-8")
-            _write_json(staging / CONFIG, config)
+            write_json(staging / CONFIG, config, indent=2)
             backbone, _ = load_checkpoint(staging, base=base)
             config["probe"]["output"] = _digest(backbone, config["probe"]["inputs"], config["probe"]["seed"])
-            _write_json(staging / CONFIG, config)
+            write_json(staging / CONFIG, config, indent=2)
             replace_folder(staging, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written ({error}); free some space or choose another folder") from None
@@ -522,10 +523,6 @@ def _version() -> str:
         return version("okavango")
     except PackageNotFoundError:  # run from a source tree
         return "unknown"
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 
 from filelock import FileLock
 
+from okavango import caches
 from okavango.zoo import catalogue
 
 if TYPE_CHECKING:
@@ -193,11 +194,7 @@ def resolve(
 
 def cache_folder(cache: str | os.PathLike | None = None) -> Path:
     """Where fetched checkpoints lie: the argument, else ``OKAVANGO_HOME``, else okavango in the user's cache folder."""
-    if cache is not None:
-        return Path(cache).expanduser()
-    if os.environ.get("OKAVANGO_HOME"):
-        return Path(os.environ["OKAVANGO_HOME"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "okavango"
+    return caches.home() if cache is None else Path(cache).expanduser()
 
 
 # -- URL ----------------------------------------------------------------------------------------------------------------------
@@ -236,6 +233,8 @@ def _from_url(text: str, pin: str, cache: Path, offline: bool) -> Path:
 
     remote = _Remote.parse(text, pin, cache)
     cached = (remote.folder / "config.json").is_file()
+    if cached:
+        caches.touch(remote.folder / "config.json")
     if cached and (remote.pin or offline):
         return remote.folder
     if offline:
@@ -475,6 +474,7 @@ def _from_hugging_face(text: str, revision: str | None, cache: Path, offline: bo
     missing = [name for name in FILES[:2] if not (folder / name).is_file()]
     if missing:
         raise HubError(f"{at}: has no {missing[0]}, so it is not an okavango checkpoint; a converter may take its weights")
+    caches.touch(folder / FILES[0])
     config = read_config(folder)
     problem = weights_problem(folder, config)
     if problem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,7 @@ def extract_features(
     layers: Sequence[int] = (),
     read: Callable[[Features], Tensor] | None = None,
     allow: Mapping[str, str] | None = None,
+    inputs: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]] | None = None,
 ) -> Embedded:
     """`Features.pooled` of every sample, or what else `read` makes of its features, in the order of the source.
 
@@ -126,23 +128,27 @@ def extract_features(
         layers: blocks that `read` finds in `Features.layers`.
         read: the features of a batch -> (B, D), which is all that is kept of them; None takes `pooled`.
         allow: of rasters, what the preprocess would refuse and why it may pass; see `okavango.models.raster.plan`.
+        inputs: samples that are no pictures -> what the backbone takes, with "present" among it where some lack a modality;
+            picklable.
     Raises:
         ValueError: the backbone has no pooled features, or no sample could be read.
     """
     if device is not None:
         model.to(device)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    collate = _Collate(model.preprocess, image_modality(model.preprocess), tuple((allow or {}).items()))
-    loader = read_batches(source, batch, workers, collate)
+    if inputs is None:
+        inputs = partial(_pictures, model.preprocess, image_modality(model.preprocess), dict(allow or {}))
+    loader = read_batches(source, batch, workers, partial(_apart, inputs))
     rows: list[np.ndarray] = []
     labels: list[int | None] = []
     ids: list[str] = []
     bad: list[tuple[int, str]] = []
     done = 0
     with evaluating(model), torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for inputs, samples, failed in loader:
+        for given, samples, failed in loader:
             if samples:
-                features = model(to_device(inputs, device), subnet=subnet, layers=layers)
+                given = to_device(given, device)
+                features = model(given, present=given.pop("present", None), subnet=subnet, layers=layers)
                 kept = features.pooled if read is None else read(features)
                 if kept is None:
                     raise ValueError(f"{type(model).__name__} has no pooled features; choose a backbone that pools, or wrap it")
@@ -220,17 +226,19 @@ class _Readable(Dataset):
             return index, str(error)
 
 
-@dataclass(frozen=True)
-class _Collate:
-    preprocess: Preprocess
-    modality: str
-    allow: tuple[tuple[str, str], ...] = ()
+def _apart(
+    inputs: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]], samples: Sequence[Any]
+) -> tuple[dict[str, Tensor], list[tuple[int | None, str]], list[tuple[int, str]]]:
+    """Samples -> inputs, (label, id) of those that could be read, and the others."""
+    good = [sample for sample in samples if isinstance(sample, dict)]
+    bad = [sample for sample in samples if not isinstance(sample, dict)]
+    return inputs(good) if good else {}, [(sample.get("label"), sample["id"]) for sample in good], bad
 
-    def __call__(self, samples: Sequence[Any]) -> tuple[dict[str, Tensor], list[tuple[int | None, str]], list[tuple[int, str]]]:
-        good = [sample for sample in samples if isinstance(sample, dict)]
-        images = {self.modality: [sample["image"] for sample in good]}
-        inputs = self.preprocess(allow=dict(self.allow), **images) if good else {}
-        return inputs, [(sample.get("label"), sample["id"]) for sample in good], [s for s in samples if not isinstance(s, dict)]
+
+def _pictures(
+    preprocess: Preprocess, modality: str, allow: Mapping[str, str], samples: Sequence[Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    return preprocess(allow=allow, **{modality: [sample["image"] for sample in samples]})
 
 
 def _embedded(source: Any, rows: list[np.ndarray], labels: list, ids: list[str], bad: list[tuple[int, str]]) -> Embedded:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from okavango.downstream.classification.augment import check_policy, erase, mix, rand_augment
 from okavango.downstream.classification.features import evaluating, image_modality
+from okavango.downstream.head import BackboneHead
 from okavango.models._apply import resize_to
 from okavango.models.backbone import Backbone, Inputs
 from okavango.models.features import Features, Subnet
@@ -22,7 +23,7 @@ from okavango.models.preprocess import Preprocess
 from okavango.models.raster import Bands
 
 
-class Classifier(nn.Module):
+class Classifier(BackboneHead):
     """Backbone, one linear layer, cross-entropy. Satisfies the objective contract and adds `predict`.
 
     Args:
@@ -58,15 +59,13 @@ class Classifier(nn.Module):
         cutmix: float = 0.0,
         pool: Literal["pooled", "stages"] = "pooled",
     ):
-        super().__init__()
+        super().__init__(backbone, frozen=frozen, layer_decay=layer_decay)
         if len(classes) < 2 or len(set(classes)) < len(classes):
             raise ValueError(
                 f"classifier: {len(classes)} classes, {len(set(classes))} different names; expected at least two, each once"
             )
         if not 0 <= smoothing < 1:
             raise ValueError(f"classifier: smoothing={smoothing}; expected 0 up to, not including, 1")
-        if not 0 < layer_decay <= 1:
-            raise ValueError(f"classifier: layer_decay={layer_decay}; expected above 0, at most 1")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"classifier: crop_scale={crop_scale}; expected 0 < low <= high <= 1")
         if not 0 <= flip <= 1:
@@ -80,29 +79,14 @@ class Classifier(nn.Module):
         if randaugment:
             check_policy(randaugment)
         self.classes = tuple(classes)
-        self.frozen, self.smoothing, self.layer_decay = frozen, smoothing, layer_decay
+        self.smoothing = smoothing
         self.crop_scale, self.flip = (float(crop_scale[0]), float(crop_scale[1])), flip
         self.randaugment, self.erasing, self.mixup, self.cutmix, self.pool = randaugment, erasing, mixup, cutmix, pool
         self.modality = image_modality(backbone.preprocess)
-        self.backbone = backbone
         self.head = nn.Linear(_width(backbone, pool), len(self.classes))
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
-        if frozen:
-            self.backbone.requires_grad_(False)
         self.train(self.training)
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """The backbone's own."""
-        return self.backbone.preprocess
-
-    def train(self, mode: bool = True) -> Classifier:
-        """Training mode for what is trained: a frozen backbone stays in eval mode."""
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
-        return self
 
     def logits(self, inputs: Inputs, subnet: Subnet | None = None) -> Tensor:
         """Scores before the softmax, (B, classes)."""
@@ -146,30 +130,13 @@ class Classifier(nn.Module):
         """Transformed samples -> {modality: float32 (B, C, H, W), "label": int64 (B,)}; where batches are mixed, by the seed, also
         "target": float32 (B, classes).
         """
-        images = torch.stack([sample[self.modality] for sample in samples])
-        labels = torch.tensor([sample["label"] for sample in samples], dtype=torch.int64)
+        batch = labelled(self.modality, samples, seed)
         if not self.mixup and not self.cutmix:
-            return {self.modality: images, "label": labels}
-        images, target = mix(images, labels, len(self.classes), self.mixup, self.cutmix, seed)
-        return {self.modality: images, "label": labels, "target": target}
+            return batch
+        images, target = mix(batch[self.modality], batch["label"], len(self.classes), self.mixup, self.cutmix, seed)
+        return {**batch, self.modality: images, "target": target}
 
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Trained parameters by layer and kind: vectors (biases, norms, scales) have no weight decay.
-
-        Returns:
-            groups of {"name", "params": [(name, parameter)], "lr_mult", "wd_mult"}, from the embedding to the head.
-        """
-        return layer_groups(self, self.backbone, self.layer_decay)
-
-    def clip_groups(self) -> list[list[nn.Parameter]]:
-        """The gradient norm is taken over everything that is trained."""
-        return [[parameter for parameter in self.parameters() if parameter.requires_grad]]
-
-    def after_step(self, step: int) -> None:
-        """Nothing to follow: there is no teacher."""
-
-    #: where the backbone stands inside, and how `config.json` calls this head
-    backbone_prefix = "backbone."
+    #: how `config.json` calls this head
     entry = "okavango.downstream.classification.head:Classifier"
 
     def head_config(self) -> dict[str, Any]:
@@ -194,30 +161,10 @@ class Classifier(nn.Module):
         return {"classifier": (self, {"task": "classification", **self.head_config()["arguments"]})}
 
 
-def layer_groups(head: nn.Module, backbone: Backbone, layer_decay: float, *, decay_vectors: bool = False) -> list[dict[str, Any]]:
-    """Trained parameters of a head that holds a backbone as `backbone`, by layer and kind, from the embedding to the head.
-
-    Args:
-        layer_decay: the rate of a layer over that of the next one; the head's is 1.
-        decay_vectors: biases, norms and scales have weight decay too.
-    Returns:
-        groups of {"name", "params": [(name, parameter)], "lr_mult", "wd_mult"}.
-    """
-    layers = {f"backbone.{name}": layer for name, layer in backbone.layer_ids().items()}
-    top = max(layers.values(), default=0) + 1
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in head.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer, decayed = layers.get(name, top), decay_vectors or (parameter.ndim > 1 and not name.endswith("bias"))
-        group = {
-            "name": f"layer {layer}{'' if decayed else ', no decay'}",
-            "params": [],
-            "lr_mult": layer_decay ** (top - layer),
-            "wd_mult": float(decayed),
-        }
-        groups.setdefault((layer, decayed), group)["params"].append((name, parameter))
-    return [groups[key] for key in sorted(groups)]
+def labelled(modality: str, samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Tensor]:
+    """Transformed samples -> {modality: (B, C, H, W), "label": int64 (B,)}; nothing is drawn by the seed."""
+    images = torch.stack([sample[modality] for sample in samples])
+    return {modality: images, "label": torch.tensor([sample["label"] for sample in samples], dtype=torch.int64)}
 
 
 def _width(backbone: Backbone, pool: str) -> int:

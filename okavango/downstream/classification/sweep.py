@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from okavango.data.loading import Batches, batch_loader
 from okavango.downstream.classification.features import Embedded, evaluating, extract_features, image_modality
-from okavango.downstream.classification.head import TrainTransform
+from okavango.downstream.classification.head import TrainTransform, labelled
 from okavango.downstream.classification.linear import RATES, Heads, cosine
 from okavango.models.backbone import Backbone
 from okavango.models.features import Features, Layer, to_device
@@ -144,7 +145,7 @@ def train_sweep(
     reader, batch = Reader(backbone, rule), min(BATCH, len(source))
     steps = max(LEAST_STEPS, math.ceil(PASSES * len(source) / batch))
     transform = TrainTransform(backbone.preprocess, reader.modality, tuple(classes), CROP, FLIP)
-    batches = Batches(source, transform, _Stack(reader.modality), batch=batch, seed=seed)
+    batches = Batches(source, transform, partial(labelled, reader.modality), batch=batch, seed=seed)
     device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
     generator, rates = torch.Generator().manual_seed(seed), torch.tensor(RATES) * batch / 256
     heads: list[Heads] = []
@@ -173,16 +174,3 @@ def train_sweep(
         "flip": FLIP,
     }
     return Trained(reader, heads, settings)
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """Transformed samples -> a batch."""
-
-    modality: str
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Tensor]:
-        return {
-            self.modality: torch.stack([sample[self.modality] for sample in samples]),
-            "label": torch.tensor([sample["label"] for sample in samples], dtype=torch.int64),
-        }

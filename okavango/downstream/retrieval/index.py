@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from okavango.downstream.retrieval.search import Nearest
-from okavango.files import write_whole
+from okavango.files import write_json, write_whole
 from okavango.zoo.checkpoint import file_sha256
 
 FORMAT_VERSION = 1
@@ -197,7 +197,7 @@ class Index:
                 written.append(self.folder / name)
                 config["files"] = {key: value for key, value in config["files"].items() if key not in old}
                 config["files"][name] = _facts(self.folder / name)
-            write_whole(self.folder / "index.json", lambda file: file.write(_json(config)))
+            write_json(self.folder / "index.json", config)
         except BaseException:
             for path in written:
                 path.unlink(missing_ok=True)
@@ -315,7 +315,7 @@ def build_index(
             faiss.write_index(ann, str(aside / "faiss-00000.index"))
             config["files"]["faiss-00000.index"] = _facts(aside / "faiss-00000.index")
         del training
-        write_whole(aside / "index.json", lambda file: file.write(_json(config)))
+        write_json(aside / "index.json", config)
         Index(aside).add(_chained(ahead, groups))
         if folder.exists():
             folder.rmdir()
@@ -369,7 +369,3 @@ def _faiss(factory: str) -> Any:
 
 def _facts(path: Path) -> dict[str, Any]:
     return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-
-
-def _json(config: dict) -> bytes:
-    return (json.dumps(config, indent=1) + "\n").encode()
