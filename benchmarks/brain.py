@@ -186,12 +186,12 @@ def measure(setup: Setup, runs: Sequence[Path], table: Path, split: str, seeds: 
     Raises:
         SystemExit: a study that could not be measured; the differences are of the same studies.
     """
-    source = open_source(f"{table}:{split}")
+    source = volume_verbs.Gaps(open_source(f"{table}:{split}"))
     training = open_source(f"{table}:labelled-{setup.labelled}")
     scores: dict[Subset, list[np.ndarray]] = {}
     hashes, parameters = [], 0
     for run in runs:
-        model, sha256 = volume_verbs.open_head(str(run))
+        model, _, sha256 = volume_verbs.open_head(str(run))
         hashes.append(sha256)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         folder, made_by = run / split, {"weights_sha256": sha256, "studies": source.digest}

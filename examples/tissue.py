@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     found = halves(read_turned(folder / T1), read_turned(folder / TISSUE))
     write_halves(given.work, found)
     run = train(given.work, given.steps, given.window, given.spacing, given.seed, given.threads)
-    model, sha256 = volume_verbs.open_head(str(run))
+    model, _, sha256 = volume_verbs.open_head(str(run))
     test = Studies(given.work / "right")
     (seen, labels), (grey, truth) = ([np.asarray(scan.values) for scan in found[side]] for side in ("left", "right"))
     said = {
