@@ -52,8 +52,8 @@ SIZE, SPACING = (32, 40, 32), 5.0  # voxels and millimetres; holds a brain
 VALIDATION = 12  # studies of the training anatomies that nothing is trained on
 COMMON: dict[str, Any] = {"workers": 0, "trackers": (), "save_every": 100}
 PRETRAINING: dict[str, Any] = {"batch": 8, "optim.lr": 1e-3}
-FINETUNING: dict[str, Any] = {"batch": 2, "optim.lr": 1e-3, "objective.crop": "centre"}
-DROP = 0.8  # share of its training samples that the model for all subsets sees with a random subset
+FINETUNING: dict[str, Any] = {"batch": 2, "optim.lr": 3e-3, "objective.crop": "centre", "objective.feature_size": 4}
+DROP = 0.5  # share of its training samples that the model for all subsets sees with a random subset
 
 
 @dataclass(frozen=True)
@@ -401,10 +401,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     parser.add_argument("--anatomies", nargs="+", default=["oasis", "ch2"], help="for training and validation")
     parser.add_argument("--test", nargs="+", default=["icbm"], help="anatomies for testing")
     parser.add_argument("--studies", type=int, default=100, help="in all")
-    parser.add_argument("--labelled", type=int, nargs="+", default=[4, 16], help="numbers of labelled studies")
+    parser.add_argument("--labelled", type=int, nargs="+", default=[16], help="numbers of labelled studies")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of fine-tuning")
     parser.add_argument("--pretrain-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=200, help="of each fine-tuning")
+    parser.add_argument("--steps", type=int, default=400, help="of each fine-tuning")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="validation: to choose settings by")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="file of records, a page is written beside it")
