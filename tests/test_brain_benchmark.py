@@ -63,12 +63,12 @@ def test_all_of_it(brain, tmp_path, monkeypatch):
     assert "seg" not in open_source(f"{table}:pretrain")[0] and open_source(f"{table}:test")[0]["seg"].values.any()
 
     records = read_records(out)
-    assert len(records) == 2 * (16 * 3 + 2 * 3) + 3 * 3 + 16 * 3 + 3 * 3
+    assert len(records) == 2 * (16 * 3 + 2 * 3) + 2 * 3 + 16 * 3 + 2 * 3
     assert all("semi-synthetic" in record.dataset and "nothing follows for patients" in record.notes for record in records)
     assert {record.n for record in records} == {2} and {tuple(record.settings["seeds"]) for record in records} == {(5,)}
     recipes = {
         name: json.loads((tmp_path / "runs" / f"{name}-labelled3-steps2-seed5" / "recipe.json").read_text())
-        for name in ("scratch", "pretrained", "specialist-t1", "specialist-t1ce+flair")
+        for name in ("scratch", "pretrained", "specialist-flair", "specialist-t1ce+flair")
     }
     differing = {key for key in recipes["scratch"] if recipes["scratch"][key] != recipes["pretrained"][key]}
     assert differing == {"model", "model_args", "start"}
