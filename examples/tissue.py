@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     parser.add_argument("--template", type=Path, help=f"folder with {T1} and {TISSUE}")
     parser.add_argument("--work", type=Path, default=Path("runs/tissue"), help="the two halves, the run and a picture")
     parser.add_argument("--out", type=Path, default=Path("tissue.jsonl"), help="records; the page goes beside it")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--window", type=int, default=32, help="voxels, a multiple of 8")
     parser.add_argument("--spacing", type=float, default=2.0, help="millimetres per voxel that the network sees")
     parser.add_argument("--seed", type=int, default=0)
