@@ -93,7 +93,8 @@ def halves(t1: Scan, tissue: Scan) -> dict[str, tuple[Scan, Scan]]:
     for side, span in spans.items():
         affine = t1.affine.copy()
         affine[:3, 3] += affine[:3, 0] * span.start
-        found[side] = tuple(Scan(np.ascontiguousarray(np.asarray(scan.values)[span]), affine) for scan in (t1, tissue))
+        parts = (np.asarray(t1.values), labels.astype(np.uint8))  # the package stores labels as floating point
+        found[side] = tuple(Scan(np.ascontiguousarray(part[span]), affine) for part in parts)
     return found
 
 
@@ -103,7 +104,7 @@ def write_halves(folder: Path, found: dict[str, tuple[Scan, Scan]]) -> None:
         (folder / side).mkdir(parents=True, exist_ok=True)
         if not (folder / side / f"oasis-{side}_seg.nii.gz").exists():  # the second file of two
             write_scan(folder / side / f"oasis-{side}_t1.nii.gz", np.asarray(t1.values, np.float32), t1.affine)
-            write_scan(folder / side / f"oasis-{side}_seg.nii.gz", np.asarray(tissue.values).astype(np.uint8), tissue.affine)
+            write_scan(folder / side / f"oasis-{side}_seg.nii.gz", np.asarray(tissue.values), tissue.affine)
 
 
 # -- what says the tissue of each voxel ---------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def template(tmp_path):
     affine = np.diag([-2.0, 1, 1, 1])
     affine[1:3, 1:3] = [[0, 2], [-2, 0]]
     affine[:3, 3] = (70, -80, 60)
-    for name, values in (("BrainCerebellum", anatomy.t1), ("Tissue", tissue)):
+    for name, values in (("BrainCerebellum", anatomy.t1), ("Tissue", tissue.astype(np.float32))):  # as the package has it
         turned = np.ascontiguousarray(values[::-1].transpose(0, 2, 1)[:, ::-1])
         write_scan(tmp_path / f"T_template0_{name}.nii.gz", turned, affine)
     return tmp_path
