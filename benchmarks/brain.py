@@ -189,7 +189,7 @@ def measure(setup: Setup, runs: Sequence[Path], table: Path, split: str, seeds: 
     source = volume_verbs.Gaps(open_source(f"{table}:{split}"))
     training = open_source(f"{table}:labelled-{setup.labelled}")
     scores: dict[Subset, list[np.ndarray]] = {}
-    hashes, parameters = [], 0
+    hashes, parameters, nothing = [], 0, {}
     for run in runs:
         model, _, sha256 = volume_verbs.open_head(str(run))
         hashes.append(sha256)
@@ -201,6 +201,7 @@ def measure(setup: Setup, runs: Sequence[Path], table: Path, split: str, seeds: 
             if len(found) != len(source) * len(REGIONS):
                 sys.exit(f"{run.name}: {len(source)} studies, of which some could not be measured; see the lines above")
             by_region = [[each for each in found if each.region == region] for region in REGIONS]
+            nothing = {row[0].region: sum(each.case in ("none", "invented") for each in row) for row in by_region}
             values = [[[each.value(metric) for each in row] for metric in METRICS] for row in by_region]
             scores.setdefault(subset, []).append(np.array(values))
         print(f"{run.name}: measured", flush=True)
@@ -208,7 +209,7 @@ def measure(setup: Setup, runs: Sequence[Path], table: Path, split: str, seeds: 
         "parameters": parameters,
         "train_manifest_sha256": training.digest,
         "test_manifest_sha256": source.digest,
-        "settings": {"labelled": setup.labelled, "seeds": list(seeds), "weights_sha256": hashes},
+        "settings": {"labelled": setup.labelled, "seeds": list(seeds), "weights_sha256": hashes, "nothing drawn": nothing},
     }
     return Measured({subset: np.stack(rows) for subset, rows in scores.items()}, facts)
 
@@ -305,11 +306,13 @@ def block(records: Sequence[Record]) -> str:
     """The tables of docs/mri.md."""
     look, first = Looked(records), records[0]
     about, dice = first.settings["training"], [f"Dice {region}" for region in REGIONS]
+    empty = [f"{first.settings['nothing drawn'][region] / first.n:.3f} ({region})" for region in REGIONS]
     lines = [
         f"{first.dataset}, {first.n} studies: **{NOTICE}.** {about['pretraining']['studies']} unlabelled studies, "
         f"{about['pretraining']['steps']} steps of pretraining; {about['fine-tuning']['steps']} steps of fine-tuning; "
         f"seeds {', '.join(map(str, first.settings['seeds']))} of fine-tuning, one of pretraining. Means over studies and seeds, "
-        "95 % bootstrap intervals over studies.",
+        "95 % bootstrap intervals over studies. Where nothing is drawn, predicting nothing counts as 1: a model that never "
+        f"predicts anything has a Dice of {', '.join(empty)}.",
         "",
         "| labelled | start | seen with | WT | TC | ET | HD95 WT, mm |",
         "|---|---|---|---|---|---|---|",

@@ -42,6 +42,7 @@ PROTOCOL = "segmentation/brats/v1"
 NOTICE = "A demonstration: one template brain, trained on the left half, measured on the right"
 START, END = "<!-- tissue: written by examples/tissue.py -->", "<!-- tissue: end -->"
 MODEL = "bm_mae_tiny, t1"
+RATE = 3e-3  # of learning
 
 
 # -- the two halves ---------------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def train(folder: Path, steps: int, window: int, spacing: float, seed: int, thre
         threads=threads,
         workers=0,
         trackers=(),
-        **{"objective.labels": CLASSES, "objective.drop": 0.0, "objective.cache": str(folder / "cache")},
+        **{"optim.lr": RATE, "objective.labels": CLASSES, "objective.drop": 0.0, "objective.cache": str(folder / "cache")},
     )
     if not last.exists():
         raise SystemExit(f"{run}: stopped before its end; the same command goes on from there")
@@ -204,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     parser.add_argument("--out", type=Path, default=Path("tissue.jsonl"), help="records; the page goes beside it")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--window", type=int, default=32, help="voxels, a multiple of 8")
-    parser.add_argument("--spacing", type=float, default=2.0, help="millimetres per voxel that the network sees")
+    parser.add_argument("--spacing", type=float, default=3.0, help="millimetres per voxel that the network sees")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--docs", type=Path, help="Markdown page that gets the table")
@@ -227,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     facts |= {"train_manifest_sha256": Studies(given.work / "left").digest, "test_manifest_sha256": test.digest}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     network = {"model": MODEL, "weights_sha256": sha256, "parameters": parameters}
-    settings = {"steps": given.steps, "window": given.window, "spacing_mm": given.spacing}
+    settings = {"steps": given.steps, "learning_rate": RATE, "window": given.window, "spacing_mm": given.spacing}
     records = []
     for name, answer in said.items():
         own = network if name == "network" else {"model": name}

@@ -123,7 +123,7 @@ def test_numbers_of_records_and_tables(brain):
         rows = {subset: np.stack([studies + shift + base[subset], studies + shift + base[subset] + 0.02]) for subset in subsets}
         return {subset: np.broadcast_to(row[:, None, None], (2, 3, 2, 2)) for subset, row in rows.items()}  # seeds, regions, ...
 
-    facts = {"parameters": 7, "settings": {"labelled": 4, "seeds": [0, 1]}}
+    facts = {"parameters": 7, "settings": {"labelled": 4, "seeds": [0, 1], "nothing drawn": {"WT": 0, "TC": 0, "ET": 1}}}
     setups = {brain.Setup("scratch", 4): scores(0.0, brain.SUBSETS)}
     setups[brain.Setup("pretrained", 4)] = scores(np.array([0.1, 0.3]), brain.SUBSETS)
     for only in brain.SPECIALISTS:
@@ -139,6 +139,7 @@ def test_numbers_of_records_and_tables(brain):
     assert gain.value == pytest.approx(0.2) and gain.interval == pytest.approx((0.1, 0.3)) and gain.n == 2
     lines = brain.block(records).splitlines()
     assert lines[0] == brain.START and lines[-1] == brain.END and "9 unlabelled studies, 8 steps" in lines[1]
+    assert lines[1].endswith("a Dice of 0.000 (WT), 0.000 (TC), 0.500 (ET).")
     assert "| t1 | 0.660 (+0.200\\*) | 0.660 (+0.200\\*) | 0.660 (+0.200\\*) |" in lines
     assert any(
         line.startswith("| flair | TC | 0.510 (0.210..0.810) | 0.710") and "| -0.200 (-0.200..-0.200) |" in line for line in lines
