@@ -294,6 +294,9 @@ class Looked:
         low, high = record.interval or (record.value, record.value)
         return f"{record.value:+z.3f} ({low:+z.3f}..{high:+z.3f})"  # z: no minus before zero
 
+    def seeds(self, *key: Any) -> str:
+        return ", ".join(f"{value:z.3f}" for value in self.of(*key).settings["value per seed"])
+
     def short(self, labelled: int, seen: Subset | str, region: str) -> str:
         """Pretrained, and what it gains; starred where chance does not explain it."""
         gain = self.of(LESS[0], labelled, seen, f"difference in Dice {region}")
@@ -311,21 +314,23 @@ def block(records: Sequence[Record]) -> str:
         f"{first.dataset}, {first.n} studies: **{NOTICE}.** {about['pretraining']['studies']} unlabelled studies, "
         f"{about['pretraining']['steps']} steps of pretraining; {about['fine-tuning']['steps']} steps of fine-tuning; "
         f"seeds {', '.join(map(str, first.settings['seeds']))} of fine-tuning, one of pretraining. Means over studies and seeds, "
-        "95 % bootstrap intervals over studies. Where nothing is drawn, predicting nothing counts as 1: a model that never "
-        f"predicts anything has a Dice of {', '.join(empty)}.",
+        "95 % bootstrap intervals over studies: how seeds differ is not in them. Where nothing is drawn, predicting nothing "
+        f"counts as 1: a model that never predicts anything has a Dice of {', '.join(empty)}.",
         "",
-        "| labelled | start | seen with | WT | TC | ET | HD95 WT, mm |",
-        "|---|---|---|---|---|---|---|",
+        "| labelled | start | seen with | WT | TC | ET | HD95 WT, mm | WT of each seed |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for labelled in look.labelled:
         for seen, shown in ((SEQUENCES, "all four"), (MEAN, "mean of 15 subsets")):
             for start in ("scratch", "pretrained"):
                 cells = [look.value(start, labelled, seen, metric) for metric in dice]
                 cells.append(look.value(start, labelled, seen, "HD95 WT, mm", digits=1))
+                cells.append(look.seeds(start, labelled, seen, "Dice WT"))
                 lines.append(f"| {labelled} | {start} | {shown} | " + " | ".join(cells) + " |")
             key = (LESS[0], labelled, seen)
             cells = [look.change(*key, f"difference in {metric}") for metric in dice]
-            lines.append(f"| {labelled} | difference | {shown} | " + " | ".join(cells) + " | |")
+            cells += ["", look.seeds(*key, "difference in Dice WT")]
+            lines.append(f"| {labelled} | difference | {shown} | " + " | ".join(cells) + " |")
     heads = [f"{region}, {labelled}" for labelled in look.labelled for region in REGIONS]
     said = "Each subset, Dice by region and labelled studies: pretrained (less scratch, \\* where its interval excludes 0)."
     lines += ["", said, ""]
@@ -335,13 +340,14 @@ def block(records: Sequence[Record]) -> str:
         lines.append(f"| {' '.join(subset)} | " + " | ".join(cells) + " |")
     most = look.labelled[-1]
     lines += ["", f"One model for all subsets beside specialists, all pretrained, {most} labelled studies, equal steps:", ""]
-    lines += ["| trained for and seen with | region | one for all | specialist | difference |", "|---|---|---|---|---|"]
+    lines += ["| trained for and seen with | region | one for all | specialist | difference | of each seed |", "|---" * 6 + "|"]
     for subset in SPECIALISTS:
         for region in REGIONS:
             metric, name = f"Dice {region}", Setup("pretrained", most, subset).name
-            change = look.change(LESS[1], most, subset, f"difference in {metric}")
-            values = [look.value(baseline, most, subset, metric) for baseline in ("pretrained", name)]
-            lines.append(f"| {' '.join(subset)} | {region} | " + " | ".join([*values, change]) + " |")
+            key = (LESS[1], most, subset, f"difference in {metric}")
+            cells = [look.value(baseline, most, subset, metric) for baseline in ("pretrained", name)]
+            cells += [look.change(*key), look.seeds(*key)]
+            lines.append(f"| {' '.join(subset)} | {region} | " + " | ".join(cells) + " |")
     return "\n".join([START, *lines, END])
 
 
@@ -364,7 +370,7 @@ def heat_map(records: Sequence[Record]) -> bytes:
     axis.set_yticks(range(len(SUBSETS)), [" ".join(subset) for subset in SUBSETS], fontsize=9)
     names = [f"{n} labelled\n{region}\n{start}" for n, region, start in columns]
     axis.set_xticks(range(len(columns)), names, fontsize=8)
-    axis.set_title(f"Dice by sequences, {first_line(records)}", fontsize=10)
+    figure.suptitle(f"Dice by sequences\n{records[0].dataset}:\n{NOTICE}", fontsize=10)
     return png(figure)
 
 
@@ -386,14 +392,9 @@ def gains(records: Sequence[Record]) -> bytes:
         axis.set_xlabel("Dice, pretrained less scratch", fontsize=9)
     axes[0].set_yticks(range(len(rows)), [row if isinstance(row, str) else " ".join(row) for row in rows], fontsize=9)
     axes[0].invert_yaxis()
-    axes[-1].legend(fontsize=9)
-    figure.suptitle(first_line(records), fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(REGIONS), fontsize=9)
+    figure.suptitle(f"{records[0].dataset}: {NOTICE}", fontsize=10)
     return png(figure)
-
-
-def first_line(records: Sequence[Record]) -> str:
-    """What has to stand above every picture."""
-    return f"{records[0].dataset}: {NOTICE}"
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Record]:
@@ -405,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     parser.add_argument("--test", nargs="+", default=["icbm"], help="anatomies for testing")
     parser.add_argument("--studies", type=int, default=100, help="in all")
     parser.add_argument("--labelled", type=int, nargs="+", default=[16], help="numbers of labelled studies")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of fine-tuning")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of fine-tuning")
     parser.add_argument("--pretrain-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=400, help="of each fine-tuning")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="validation: to choose settings by")

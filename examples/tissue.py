@@ -85,7 +85,7 @@ def halves(t1: Scan, tissue: Scan) -> dict[str, tuple[Scan, Scan]]:
     if labels.shape != t1.values.shape or not np.allclose(tissue.affine, t1.affine, atol=1e-3):
         raise SystemExit(f"{t1.name} and {tissue.name} are on different grids")
     if strange := sorted(set(np.unique(labels)) - set(range(len(CLASSES) + 1))):
-        raise SystemExit(f"{tissue.name}: label {strange[0]}; expected 0..{len(CLASSES)}")
+        raise SystemExit(f"{tissue.name}: label {strange[0]:g}; expected 0..{len(CLASSES)}")
     inside = np.nonzero(labels.any((1, 2)))[0]
     middle = round((inside[0] + inside[-1] + 1) / 2)
     gap, width = round(GAP / t1.spacing[0]), min(middle, len(labels) - middle)
