@@ -435,7 +435,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     records = records_of(results, given.split, {"train": given.anatomies, "test": given.test}, about)
     pictures = {
         f"Dice by sequences, labelled studies and start; {NOTICE}": heat_map(records),
-        f"What pretraining adds, with 95 % bootstrap intervals over studies; {NOTICE}": gains(records),
+        f"What pretraining adds, with 95 % bootstrap intervals over studies, not seeds; {NOTICE}": gains(records),
     }
     publish(records, given.out, f"Tumours in brains of any subset of sequences: {NOTICE}", pictures)
     if given.docs:
