@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import shlex
 import sys
@@ -30,7 +29,7 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from poa_fashion import END, block_in
-from timing import load, publish
+from timing import load, png, publish
 
 from okavango import verbs, volume_verbs
 from okavango.data.sources import open_source
@@ -349,12 +348,6 @@ def block(records: Sequence[Record]) -> str:
             cells += [look.change(*key), look.seeds(*key)]
             lines.append(f"| {' '.join(subset)} | {region} | " + " | ".join(cells) + " |")
     return "\n".join([START, *lines, END])
-
-
-def png(figure: Figure) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
 
 
 def heat_map(records: Sequence[Record]) -> bytes:
