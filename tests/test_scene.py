@@ -292,7 +292,7 @@ def test_mistakes_are_named_before_anything_is_made(tmp_path, checkpoint, model,
     assert cli.main(arguments) == 0
     before = scene.read_bytes()
     with pytest.raises(ValueError, match="scene.tif: is a file of the scene itself; choose another name"):
-        ok.embed(model, scene, scene)
+        ok.embed(model, scene, scene, allow={"level": "a test"})
     assert scene.read_bytes() == before
     write_scene(tmp_path / "empty.tif", 20, 20)
     with pytest.raises(ValueError, match="no tile has a share of 0.5 of its pixels measured"):
